@@ -1,0 +1,161 @@
+"""Adaptive gradient clipping (arXiv:2102.06171, section 4.1, equation 3).
+
+A unit is one output channel or feature: the part of a parameter that produces
+one number per position. Its gradient G is rescaled when it is large against
+its weights W:
+
+    G <- G * clipping * max(|W|, eps) / |G|    where |G| / max(|W|, eps) > clipping
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnets.errors import InputError
+
+# Guards the division alone, as in the released code.
+_DIVISION_EPS = 1e-6
+
+
+class Statistics(NamedTuple):
+  """What AGC did to one set of parameters in one step; float32 scalars."""
+
+  clipped: jax.Array  # Fraction of units whose gradient was scaled down.
+  max_ratio: jax.Array  # Largest |G| / max(|W|, eps) before clipping.
+
+
+class AGCState(NamedTuple):
+  """Statistics of the last update, by part of the network and for `all`."""
+
+  statistics: dict[str, Statistics]
+
+
+def unitwise_norm(x: jax.Array) -> jax.Array:
+  """Euclidean norm of each unit, with the reduced axes kept as 1.
+
+  | shape | unit |
+  | --- | --- |
+  | scalar, vector, and anything that squeezes to one | the whole array |
+  | [C_in, C_out] and rank 3 | a slice along axis 0 |
+  | [..., C_in, C_out] of rank 4 (HWIO) and 5 | all but the last axis |
+
+  Raises:
+    InputError: for rank 6 and above, where the units are not defined.
+  """
+  if jnp.squeeze(x).ndim <= 1:
+    axes = tuple(range(x.ndim))
+  elif x.ndim in (2, 3):
+    axes = (0,)
+  elif x.ndim in (4, 5):
+    axes = tuple(range(x.ndim - 1))
+  else:
+    raise InputError(
+      f"a parameter of shape {x.shape} has no known units: unit-wise norms are "
+      "defined up to rank 5"
+    )
+  return jnp.sqrt(jnp.sum(_squared_magnitude(x), axis=axes, keepdims=True))
+
+
+def _squared_magnitude(x: jax.Array) -> jax.Array:
+  if jnp.iscomplexobj(x):
+    return (x.conj() * x).real
+  return x**2
+
+
+def clip(
+  grad: jax.Array, param: jax.Array, *, clipping: float, eps: float
+) -> tuple[jax.Array, jax.Array]:
+  """Clips one parameter's gradient; also returns each unit's ratio before."""
+  grad_norm, param_norm = unitwise_norm(grad), unitwise_norm(param)
+  floored = jnp.maximum(param_norm, eps)
+  max_norm = clipping * floored
+  scaled = grad * (max_norm / jnp.maximum(grad_norm, _DIVISION_EPS))
+  return jnp.where(grad_norm < max_norm, grad, scaled), grad_norm / floored
+
+
+def adaptive_grad_clip(
+  clipping: float = 0.01,
+  eps: float = 1e-3,
+  *,
+  part_of: Callable[[str], str] | None = None,
+) -> optax.GradientTransformation:
+  """AGC as an optax transformation that says what it clipped.
+
+  The updates are bit for bit those of `optax.adaptive_grad_clip`. Which
+  parameters to clip is chosen outside, with `optax.masked` (the published
+  recipe leaves out the classifier's weight: `nfnets.optim.GROUPS`).
+
+  The best `clipping` depends on batch size, optimiser and learning rate: the
+  paper uses 0.01 for SGD at batch 1024 to 4096 and larger values below; it is
+  too tight for Adam and its kind.
+
+  Args:
+    clipping: Largest allowed ratio of gradient norm to weight norm (lambda).
+    eps: Floor of the weight norm, so that units at zero can move.
+    part_of: Names the part of the network that a parameter is in, from its
+      path "module/name"; the state has statistics for each part. Without it
+      the state has `all` alone.
+
+  Returns:
+    A transformation whose state is an `AGCState`.
+
+  Examples:
+    >>> tx = adaptive_grad_clip(clipping=0.01)
+    >>> state = tx.init(params)
+    >>> grads, state = tx.update(grads, state, params)
+    >>> state.statistics["all"].clipped
+    Array(0.25, dtype=float32)
+  """
+
+  def parts(tree: Any) -> list[str]:
+    """The part of each leaf, in the order of the leaves."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = ["/".join(str(key.key) for key in path) for path, _ in paths]
+    return [part_of(name) if part_of else "all" for name in names]
+
+  def init(params):
+    zero = jnp.zeros((), jnp.float32)
+    names = sorted({"all", *parts(params)})
+    return AGCState({name: Statistics(zero, zero) for name in names})
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise InputError(
+        "adaptive_grad_clip compares gradients with weights: pass the "
+        "parameters, `update(grads, state, params)`"
+      )
+    leaves, treedef = jax.tree.flatten(updates)
+    results = [
+      clip(g, p, clipping=clipping, eps=eps)
+      for g, p in zip(leaves, treedef.flatten_up_to(params), strict=True)
+    ]
+    ratios: dict[str, list[jax.Array]] = {name: [] for name in state.statistics}
+    for part, (_, ratio) in zip(parts(updates), results, strict=True):
+      ratios[part].append(ratio.ravel())
+      if part != "all":
+        ratios["all"].append(ratio.ravel())
+    statistics = {k: _summarize(v, clipping) for k, v in ratios.items()}
+    clipped = treedef.unflatten([grad for grad, _ in results])
+    return clipped, AGCState(statistics)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _summarize(ratios: list[jax.Array], clipping: float) -> Statistics:
+  if not ratios:
+    return Statistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+  ratio = jnp.concatenate(ratios).astype(jnp.float32)  # [units]
+  return Statistics(
+    clipped=jnp.mean(ratio > clipping, dtype=jnp.float32),
+    max_ratio=jnp.max(ratio),
+  )
+
+
+def find_state(opt_state: Any) -> AGCState | None:
+  """The `AGCState` inside the state of any optax chain, if there is one."""
+  is_ours = lambda node: isinstance(node, AGCState)  # noqa: E731
+  nodes = jax.tree.leaves(opt_state, is_leaf=is_ours)
+  return next((node for node in nodes if is_ours(node)), None)

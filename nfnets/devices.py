@@ -1,0 +1,109 @@
+"""Devices: the mesh, the per-device program over it, and what goes on it.
+
+A program is written for one device and mapped over the mesh, pmap style: the
+batch is split, everything else is a copy. (Automatic partitioning would gather
+the whole batch on every device for each grouped convolution, openxla/xla
+issue 47945.) The axis has one name, `AXIS`, and gradients and sums cross it in
+the step's one mean.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nfnets.errors import InputError
+
+AXIS = "data"
+
+
+def join_pod() -> None:
+  """Makes this process part of a multi-host job; call before anything else.
+
+  Address, number of processes and index come from the cluster (TPU pods, Slurm,
+  Open MPI, Kubernetes) or from the variables JAX_COORDINATOR_ADDRESS,
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  jax.distributed.initialize()
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+  """A one-axis mesh over the first `num_devices` devices (None: all)."""
+  devices = jax.devices()
+  if num_devices is not None:
+    if not 1 <= num_devices <= len(devices):
+      raise InputError(
+        f"{num_devices} devices were asked for, but there are {len(devices)} "
+        f"({devices[0].platform}): set num_devices to None or at most that"
+      )
+    devices = devices[:num_devices]
+  return Mesh(np.array(devices), (AXIS,))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """Raises `InputError` unless the batch divides over devices and micro-batches."""
+  parts = mesh.size * accumulate
+  if batch_size < 1 or batch_size % parts:
+    what = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
+    if accumulate > 1:
+      what += f" x {accumulate} accumulated micro-batches"
+    down = batch_size // parts * parts
+    near = f"{down} or {down + parts}" if down > 0 else f"{parts}"
+    raise InputError(
+      f"a batch of {batch_size} images does not divide over {what}: use a "
+      f"multiple of {parts}, such as {near}"
+    )
+
+
+def data_parallel(
+  function: Callable[..., Any],
+  mesh: Mesh,
+  *,
+  in_batch: Sequence[bool],
+  donate_argnums: Sequence[int] = (),
+) -> Callable[..., Any]:
+  """Compiles a per-device function over the mesh.
+
+  Args:
+    function: Sees its device's part of each batch argument and a copy of every
+      other; reduces over `AXIS` itself, so that its outputs are equal on all.
+    in_batch: For each positional argument, whether it is split (on its first
+      dimension) rather than copied.
+    donate_argnums: Arguments whose memory the outputs may take over.
+  """
+  split, copied = PartitionSpec(AXIS), PartitionSpec()
+  mapped = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=tuple(split if batched else copied for batched in in_batch),
+    out_specs=copied,
+    # The gradient of a copied parameter stays this device's own until the
+    # step's explicit mean.
+    check_vma=False,
+  )
+  return jax.jit(mapped, donate_argnums=tuple(donate_argnums))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+  """Puts this host's part of a batch (NumPy) on its devices."""
+  sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device has a copy of."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Copies a tree of arrays to every device of the mesh (fresh buffers)."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(
+      replicated(mesh), np.asarray(x)
+    ),
+    tree,
+  )

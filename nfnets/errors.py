@@ -1,0 +1,26 @@
+"""What a user can do wrong, as exceptions whose text is one clear line.
+
+Every message says what was given, what is needed, and what to do. The command
+line prints it without a traceback; in a notebook it is a `ValueError`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+  """Something given by the user cannot be used (exit code 1)."""
+
+
+class UsageError(InputError):
+  """The command line or the config itself is wrong (exit code 2)."""
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
+  """The error for a wrong name: the nearest right ones, then all of them."""
+  known = list(known)
+  close = difflib.get_close_matches(given, known, n=3)
+  hint = f"did you mean {' or '.join(close)}? " if close else ""
+  return UsageError(
+    f"unknown {kind} {given!r}: {hint}known: {', '.join(known)}"
+  )

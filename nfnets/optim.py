@@ -1,0 +1,124 @@
+"""The papers' optimiser: AGC, weight decay, Nesterov momentum, warm-up cosine.
+
+Every piece is an optax transformation; this file chooses and orders them, and
+holds the table of which parameter gets what.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnets import agc
+
+
+def _is_gain_or_bias(module: str, name: str) -> bool:
+  del module
+  return name in ("scale", "offset", "b") or "gain" in name or "bias" in name
+
+
+def _is_classifier_weight(module: str, name: str) -> bool:
+  del name
+  return "linear" in module and "squeeze_excite" not in module
+
+
+def _is_any(module: str, name: str) -> bool:
+  del module, name
+  return True
+
+
+class Group(NamedTuple):
+  """Parameters that the optimiser treats alike."""
+
+  name: str
+  matches: Callable[[str, str], bool]  # (module, name of the parameter)
+  clipped: bool
+  decayed: bool
+
+
+# The first match counts. As released: the classifier's bias, the
+# squeeze-excite layers, all gains and biases are clipped too (2102.06171
+# section 4.1 and appendix A; the classifier's weight is better left alone).
+GROUPS = (
+  Group("gains and biases", _is_gain_or_bias, clipped=True, decayed=False),
+  Group("classifier weight", _is_classifier_weight, clipped=False, decayed=True),
+  Group("other weights", _is_any, clipped=True, decayed=True),
+)
+
+
+def group_of(module: str, name: str) -> Group:
+  """The group that a parameter belongs to."""
+  return next(group for group in GROUPS if group.matches(module, name))
+
+
+def make_schedule(
+  *, peak: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+  """Linear warm-up from 0 to `peak`, then a half cosine to 0.
+
+  Step 0 has learning rate 0, as in the released code.
+  """
+  cosine = optax.cosine_decay_schedule(
+    peak, max(1, total_steps - warmup_steps)
+  )
+  if warmup_steps == 0:
+    return cosine
+  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+  return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def make_optimizer(
+  schedule: optax.Schedule | float,
+  *,
+  momentum: float = 0.9,
+  weight_decay: float = 2e-5,
+  clipping: float | None = 0.01,
+  clipping_eps: float = 1e-3,
+  stage_of: Callable[[str], str] | None = None,
+) -> optax.GradientTransformation:
+  """Clip, then decay, then Nesterov momentum, then learning rate.
+
+  Args:
+    schedule: Learning rate by step.
+    momentum: Nesterov's.
+    weight_decay: Coupled: added to the clipped gradient, before momentum.
+    clipping: AGC's lambda; None turns AGC off.
+    clipping_eps: AGC's floor for weight norms.
+    stage_of: Part of the network a module is in, for AGC's statistics.
+  """
+
+  def in_groups(wanted: Callable[[Group], bool]):
+    return lambda params: hk.data_structures.map(
+      lambda module, name, _: wanted(group_of(module, name)), params
+    )
+
+  chain = []
+  if clipping is not None:
+    part_of = None
+    if stage_of is not None:
+      part_of = lambda path: stage_of(path.rpartition("/")[0])  # noqa: E731
+    clip = agc.adaptive_grad_clip(clipping, clipping_eps, part_of=part_of)
+    chain.append(optax.masked(clip, in_groups(lambda group: group.clipped)))
+  chain += [
+    optax.add_decayed_weights(
+      weight_decay, mask=in_groups(lambda group: group.decayed)
+    ),
+    optax.trace(momentum, nesterov=True),
+    optax.scale_by_learning_rate(schedule),
+  ]
+  return optax.chain(*chain)
+
+
+def update_ema(
+  average: hk.Params, new: hk.Params, *, decay: float, step: jax.Array
+) -> hk.Params:
+  """Exponential moving average whose decay warms up: (1 + t) / (10 + t).
+
+  `step` counts the updates before this one, from 0.
+  """
+  step = step.astype(jnp.float32)
+  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)

@@ -1,0 +1,233 @@
+"""The train step and the evaluation step: one device's program, mapped.
+
+Read `make_train_step` from top to bottom: it is the whole of training. The
+other devices appear in one line, the mean.
+
+Shapes: N images per device, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from nfnets import agc, devices, losses, optim
+from nfnets.data.batch import Batch
+from nfnets.errors import InputError
+from nfnets.models import Model
+
+Metrics = dict[str, jax.Array]
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class TrainState(NamedTuple):
+  """Everything that a step changes; all float32 but `step`."""
+
+  step: jax.Array  # int32, updates made so far.
+  params: hk.Params
+  state: hk.State  # Haiku's state, empty for normalizer-free networks.
+  opt_state: Any
+  ema_params: hk.Params
+  ema_state: hk.State
+
+
+class Normalization(NamedTuple):
+  """Mean and standard deviation of each colour, in grey levels 0 to 255."""
+
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+
+  def __call__(self, images: jax.Array, dtype: Any) -> jax.Array:
+    """uint8 [N, H, W, 3] -> zero mean, unit variance, in `dtype`."""
+    mean, std = jnp.array(self.mean), jnp.array(self.std)
+    return ((images.astype(jnp.float32) - mean) / std).astype(dtype)
+
+
+def compute_dtype(precision: str) -> Any:
+  """The dtype of activations for `float32` or `bfloat16`."""
+  if precision not in PRECISIONS:
+    raise InputError(
+      f"precision={precision!r}: use one of {', '.join(PRECISIONS)}"
+    )
+  return PRECISIONS[precision]
+
+
+def init_state(
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  *,
+  image_size: int,
+  seed: int,
+  mesh: Mesh,
+) -> TrainState:
+  """A fresh state, created on the devices of the mesh."""
+
+  def init():
+    images = jnp.zeros((1, image_size, image_size, 3))
+    params, state = model.init(jax.random.key(seed), images)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      state=state,
+      opt_state=optimizer.init(params),
+      ema_params=params,
+      ema_state=state,
+    )
+
+  return jax.jit(init, out_shardings=devices.replicated(mesh))()
+
+
+def make_train_step(
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  *,
+  normalization: Normalization,
+  label_smoothing: float,
+  ema_decay: float,
+  seed: int,
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  precision: str = "float32",
+  accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Compiles `(state, batch) -> (state, metrics)`; the old state is consumed.
+
+  Args:
+    model, optimizer, mesh: What to train, how, and where.
+    normalization: Of the images, inside the step.
+    label_smoothing: Share of the target spread over all classes.
+    ema_decay: Of the averaged weights, after its warm-up.
+    seed: Of dropout, stochastic depth and augmentation; drawn anew each step.
+    augment: `(key, images uint8 [N, H, W, 3]) -> images`, before normalisation.
+    precision: Of activations: `float32` or `bfloat16`.
+    accumulate: Micro-batches per step; gradients are averaged over them first,
+      so clipping happens once, on the mean.
+
+  Returns:
+    The step. Metrics are scalars: loss, accuracy, grad_norm (before clipping),
+    and for AGC `clipped/<part>`, `max_ratio/<part>`.
+  """
+  dtype = compute_dtype(precision)
+
+  def loss_fn(params, state, batch: Batch, key):
+    augment_key, model_key = jax.random.split(key)
+    images = batch.images
+    if augment is not None:
+      images = augment(augment_key, images)
+    images = normalization(images, dtype)
+    outputs, state = model.apply(
+      params, state, model_key, images, is_training=True
+    )
+    logits = outputs["logits"]  # [N, K]
+    targets = jax.nn.one_hot(batch.labels, model.num_classes)
+    targets = losses.smooth(targets, label_smoothing)
+    loss = jnp.mean(losses.cross_entropy(logits, targets))
+    accuracy = jnp.mean(losses.is_in_top(logits, batch.labels, 1))
+    return loss, (state, {"loss": loss, "accuracy": accuracy})
+
+  def mean_gradient(train_state: TrainState, batch: Batch, key):
+    """This device's gradient: the mean over its micro-batches."""
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+      return grad_fn(train_state.params, train_state.state, batch, key)
+
+    def micro_step(carry, inputs):
+      state, sums = carry
+      micro_batch, micro_key = inputs
+      grads, (state, metrics) = grad_fn(
+        train_state.params, state, micro_batch, micro_key
+      )
+      return (state, jax.tree.map(jnp.add, sums, (grads, metrics))), None
+
+    micro_batches = jax.tree.map(
+      lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch
+    )
+    zero = jnp.zeros(())
+    sums = (
+      jax.tree.map(jnp.zeros_like, train_state.params),
+      {"loss": zero, "accuracy": zero},
+    )
+    (state, sums), _ = jax.lax.scan(
+      micro_step,
+      (train_state.state, sums),
+      (micro_batches, jax.random.split(key, accumulate)),
+    )
+    grads, metrics = jax.tree.map(lambda x: x / accumulate, sums)
+    return grads, (state, metrics)
+
+  def train_step(train_state: TrainState, batch: Batch):
+    key = jax.random.fold_in(jax.random.key(seed), train_state.step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(devices.AXIS))
+    results = mean_gradient(train_state, batch, key)
+    grads, (state, metrics) = jax.lax.pmean(results, devices.AXIS)
+
+    updates, opt_state = optimizer.update(
+      grads, train_state.opt_state, train_state.params
+    )
+    params = optax.apply_updates(train_state.params, updates)
+
+    metrics["grad_norm"] = optax.global_norm(grads)
+    clipping = agc.find_state(opt_state)
+    for part, values in clipping.statistics.items() if clipping else ():
+      metrics[f"clipped/{part}"] = values.clipped
+      metrics[f"max_ratio/{part}"] = values.max_ratio
+
+    def average(old, new):
+      return optim.update_ema(
+        old, new, decay=ema_decay, step=train_state.step
+      )
+
+    new_state = TrainState(
+      step=train_state.step + 1,
+      params=params,
+      state=state,
+      opt_state=opt_state,
+      ema_params=average(train_state.ema_params, params),
+      ema_state=average(train_state.ema_state, state),
+    )
+    return new_state, metrics
+
+  return devices.data_parallel(
+    train_step, mesh, in_batch=(False, True), donate_argnums=(0,)
+  )
+
+
+def make_eval_step(
+  model: Model,
+  mesh: Mesh,
+  *,
+  normalization: Normalization,
+  precision: str = "float32",
+) -> Callable[[hk.Params, hk.State, Batch], Metrics]:
+  """Compiles `(params, state, batch) -> sums over the unmasked examples`.
+
+  The sums are float32 scalars: loss (nats, no smoothing), top1, top5, count.
+  """
+  dtype = compute_dtype(precision)
+
+  def eval_step(params, state, batch: Batch):
+    images = normalization(batch.images, dtype)
+    outputs, _ = model.apply(params, state, None, images)
+    logits = outputs["logits"]
+    targets = jax.nn.one_hot(batch.labels, model.num_classes)
+    each = {
+      "loss": losses.cross_entropy(logits, targets),
+      "top1": losses.is_in_top(logits, batch.labels, 1),
+      "top5": losses.is_in_top(logits, batch.labels, 5),
+      "count": jnp.ones_like(batch.mask),
+    }
+    # where, not *: a padded example may be anything, even not finite.
+    sums = {
+      name: jnp.sum(jnp.where(batch.mask > 0, values, 0))
+      for name, values in each.items()
+    }
+    return jax.lax.psum(sums, devices.AXIS)
+
+  return devices.data_parallel(
+    eval_step, mesh, in_batch=(False, False, True)
+  )
