@@ -2,9 +2,9 @@
 
 A unit is one output channel or feature: the part of a parameter that produces
 one number per position. Its gradient G is rescaled when it is large against
-its weights W:
+its weights W; where |G| / max(|W|, eps) > clipping,
 
-    G <- G * clipping * max(|W|, eps) / |G|    where |G| / max(|W|, eps) > clipping
+    G <- G * clipping * max(|W|, eps) / |G|
 """
 
 from collections.abc import Callable
@@ -156,6 +156,6 @@ def _summarize(ratios: list[jax.Array], clipping: float) -> Statistics:
 
 def find_state(opt_state: Any) -> AGCState | None:
   """The `AGCState` inside the state of any optax chain, if there is one."""
-  is_ours = lambda node: isinstance(node, AGCState)  # noqa: E731
+  is_ours = lambda node: isinstance(node, AGCState)
   nodes = jax.tree.leaves(opt_state, is_leaf=is_ours)
   return next((node for node in nodes if is_ours(node)), None)

@@ -43,7 +43,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Raises `InputError` unless the batch divides over devices and micro-batches."""
+  """Raises `InputError` unless a batch divides into equal parts."""
   parts = mesh.size * accumulate
   if batch_size < 1 or batch_size % parts:
     what = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"

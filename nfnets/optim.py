@@ -44,7 +44,9 @@ class Group(NamedTuple):
 # section 4.1 and appendix A; the classifier's weight is better left alone).
 GROUPS = (
   Group("gains and biases", _is_gain_or_bias, clipped=True, decayed=False),
-  Group("classifier weight", _is_classifier_weight, clipped=False, decayed=True),
+  Group(
+    "classifier weight", _is_classifier_weight, clipped=False, decayed=True
+  ),
   Group("other weights", _is_any, clipped=True, decayed=True),
 )
 
@@ -61,9 +63,7 @@ def make_schedule(
 
   Step 0 has learning rate 0, as in the released code.
   """
-  cosine = optax.cosine_decay_schedule(
-    peak, max(1, total_steps - warmup_steps)
-  )
+  cosine = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
   if warmup_steps == 0:
     return cosine
   warmup = optax.linear_schedule(0.0, peak, warmup_steps)
@@ -99,7 +99,7 @@ def make_optimizer(
   if clipping is not None:
     part_of = None
     if stage_of is not None:
-      part_of = lambda path: stage_of(path.rpartition("/")[0])  # noqa: E731
+      part_of = lambda path: stage_of(path.rpartition("/")[0])
     clip = agc.adaptive_grad_clip(clipping, clipping_eps, part_of=part_of)
     chain.append(optax.masked(clip, in_groups(lambda group: group.clipped)))
   chain += [

@@ -178,9 +178,7 @@ def make_train_step(
       metrics[f"max_ratio/{part}"] = values.max_ratio
 
     def average(old, new):
-      return optim.update_ema(
-        old, new, decay=ema_decay, step=train_state.step
-      )
+      return optim.update_ema(old, new, decay=ema_decay, step=train_state.step)
 
     new_state = TrainState(
       step=train_state.step + 1,
@@ -228,6 +226,4 @@ def make_eval_step(
     }
     return jax.lax.psum(sums, devices.AXIS)
 
-  return devices.data_parallel(
-    eval_step, mesh, in_batch=(False, False, True)
-  )
+  return devices.data_parallel(eval_step, mesh, in_batch=(False, False, True))

@@ -1,8 +1,8 @@
 """The one table of networks by name, and `make`.
 
-    model = models.make("nfnet_f0", num_classes=1000, stochdepth_rate=0.1)
-    params, state = model.init(rng, images)
-    outputs, state = model.apply(params, state, rng, images, is_training=False)
+model = models.make("nfnet_f0", num_classes=1000, stochdepth_rate=0.1)
+params, state = model.init(rng, images)
+outputs, state = model.apply(params, state, rng, images, is_training=False)
 """
 
 from collections.abc import Callable
@@ -89,8 +89,8 @@ def make(name: str, num_classes: int = 1000, **overrides: Any) -> Model:
     name: `nfnet_f0` ... `nfnet_f7`, `nfnet_f0_plus` ... `nfnet_f7_plus`, or
       `nfnet_tiny`.
     num_classes: Width of the logits.
-    **overrides: Any column of the variant table (`nfnets.models.nfnet.Variant`),
-      such as `depth=(1, 1, 1, 1)` or `second_conv=False`.
+    **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such as
+      `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
   Raises:
     InputError: see `variant`.

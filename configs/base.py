@@ -1,0 +1,79 @@
+"""Every setting that a run has, with its unit and what None means.
+
+A recipe starts from these values (those of the paper's Appendix A wherever it
+gives one, batch size 4096 for TPU pods included) and changes some. Derived
+values (learning rate, steps, image sizes) are worked out after overrides from
+the command line, so store here only what a person decides.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  """The base of all recipes."""
+  config = ConfigDict()
+
+  # Of the initial weights, dropout, stochastic depth, augmentation, data order.
+  config.seed = 0
+
+  config.model = ConfigDict()
+  config.model.name = "nfnet_f0"  # `nfnets info` lists them.
+  # Columns of the variant table; None: as the table has it.
+  config.model.depth = placeholder(tuple)  # Blocks per stage.
+  config.model.width = placeholder(tuple)  # Channels per stage.
+  config.model.group_width = placeholder(
+    tuple
+  )  # Channels per group, per stage.
+  config.model.bottleneck_ratio = placeholder(tuple)  # Per stage.
+  config.model.stem_width = placeholder(tuple)  # All but the last of the stem.
+  config.model.second_conv = placeholder(bool)  # Second 3x3 in each block.
+  config.model.se_ratio = placeholder(float)  # Squeeze-excite; 0: none.
+  config.model.alpha = placeholder(float)  # Scale of the residual branch.
+  config.model.activation = placeholder(str)
+  config.model.final_conv_ratio = placeholder(float)
+  config.model.drop_rate = placeholder(float)  # Before the classifier.
+  config.model.stochdepth_rate = placeholder(float)  # Of the last block.
+
+  config.data = ConfigDict()
+  config.data.source = "digits"  # A name in nfnets/data/sources.py.
+  config.data.train_size = placeholder(int)  # Pixels; None: the variant's.
+  config.data.test_size = placeholder(int)  # Pixels; None: the variant's.
+  # Evaluation resizes to (test_size + margin)² and crops the middle, pixels.
+  config.data.eval_margin = 32
+  # Of red, green and blue over ImageNet's training set, grey levels 0 to 255.
+  config.data.mean = (123.675, 116.28, 103.53)
+  config.data.std = (58.395, 57.12, 57.375)
+
+  config.augment = ConfigDict()
+  # Random translation by up to this share of the image side; 0: none.
+  config.augment.shift = 0.0
+
+  config.train = ConfigDict()
+  config.train.epochs = 360.0  # May be fractional.
+  config.train.batch_size = 4096  # Images per step over all devices.
+  # Micro-batches per step, to fit memory; gradients are averaged over them.
+  config.train.accumulate = 1
+  config.train.precision = "bfloat16"  # Of activations; or float32.
+  config.train.label_smoothing = 0.1  # Share spread over all classes.
+  config.train.num_devices = placeholder(int)  # None: all there are.
+
+  config.optim = ConfigDict()
+  # Peak learning rate = lr_per_256 * batch_size / 256.
+  config.optim.lr_per_256 = 0.1
+  config.optim.warmup_epochs = 5.0  # Linear from 0; then a half cosine to 0.
+  config.optim.momentum = 0.9  # Nesterov's.
+  config.optim.weight_decay = 2e-5  # Coupled; not on gains and biases.
+  config.optim.agc_clipping = 0.01  # Lambda of AGC; 0: no clipping.
+  config.optim.agc_eps = 1e-3  # Floor of the weight norms in AGC.
+  config.optim.ema_decay = 0.99999  # Of the averaged weights, per step.
+
+  config.eval = ConfigDict()
+  config.eval.batch_size = 1024  # Images per step over all devices.
+  config.eval.every_epochs = 5.0  # And once at the end.
+
+  config.log_every_steps = 100  # Rows of metrics.jsonl and TensorBoard.
+  config.checkpoint_every_steps = 1000  # And at the end or on Ctrl-C.
+  config.keep_checkpoints = 3  # The newest that are kept.
+
+  return config

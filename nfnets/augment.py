@@ -1,0 +1,32 @@
+"""Augmentation on the device: pure functions of a key and a batch of images."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def make_shift(
+  max_share: float,
+) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+  """Random translation by up to a share of the side, filled with black.
+
+  Returns:
+    `(key, images [N, H, W, C]) -> images`, or None when the share is 0.
+  """
+  if max_share == 0:
+    return None
+
+  def shift(key: jax.Array, images: jax.Array) -> jax.Array:
+    num, height, width, _ = images.shape
+    reach = (round(height * max_share), round(width * max_share))
+    padded = jnp.pad(images, ((0, 0), *((r, r) for r in reach), (0, 0)))
+    corners = jax.random.randint(
+      key, (num, 2), 0, 2 * jnp.array(reach) + 1
+    )  # [N, 2]
+    cut = lambda image, corner: jax.lax.dynamic_slice(
+      image, (corner[0], corner[1], 0), images.shape[1:]
+    )
+    return jax.vmap(cut)(padded, corners)
+
+  return shift

@@ -1,0 +1,128 @@
+"""Checkpoints of a run: the whole `TrainState` and the position in the data.
+
+Written by Orbax: asynchronously (training goes on) and atomically (a folder
+has its final name only when it is complete, so a run killed while writing
+leaves the previous checkpoint as the newest). One item per use: `weights` is
+all that evaluation and prediction read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from nfnets import devices
+from nfnets.errors import InputError
+from nfnets.steps import TrainState
+
+_WEIGHTS = ("params", "state", "ema_params", "ema_state")
+
+
+class Checkpoints:
+  """The checkpoints of one workdir; a context manager.
+
+  Args:
+    workdir: They are in its folder `checkpoints`, one folder per step.
+    keep: How many of the newest to keep.
+  """
+
+  def __init__(self, workdir: Path, *, keep: int = 1):
+    import orbax.checkpoint as ocp
+
+    self._ocp = ocp
+    self._root = workdir.resolve() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self._root,
+      item_names=("weights", "optimizer", "data"),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._manager.close()  # Waits for what is being written.
+
+  def latest_step(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return self._manager.latest_step()
+
+  def folder(self, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return self._root / str(step)
+
+  def wait(self) -> None:
+    """Returns when every checkpoint is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def save(self, state: TrainState, *, position: int) -> None:
+    """Starts writing; `position` counts the examples that were given out."""
+    args = self._ocp.args
+    values = state._asdict()
+    weights = {name: values.pop(name) for name in _WEIGHTS}
+    self._manager.save(
+      int(state.step),
+      args=args.Composite(
+        weights=args.StandardSave(weights),
+        optimizer=args.StandardSave(values),
+        data=args.JsonSave({"position": position}),
+      ),
+    )
+
+  def restore(self, like: TrainState, mesh: Mesh) -> tuple[TrainState, int]:
+    """The newest state, on the devices of the mesh, and its position.
+
+    Args:
+      like: A state (or its shapes) of the same structure.
+
+    Raises:
+      InputError: when the checkpoint is damaged or of another structure.
+    """
+    values = like._asdict()
+    weights = {name: values.pop(name) for name in _WEIGHTS}
+    args = self._ocp.args
+    restored = self._restore(
+      weights=args.StandardRestore(_on(mesh, weights)),
+      optimizer=args.StandardRestore(_on(mesh, values)),
+      data=args.JsonRestore(),
+    )
+    state = TrainState(**restored["weights"], **restored["optimizer"])
+    return state, restored["data"]["position"]
+
+  def restore_weights(self, like: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """`params`, `state` and their averages `ema_params`, `ema_state`.
+
+    Raises:
+      InputError: as `restore`.
+    """
+    args = self._ocp.args
+    target = args.StandardRestore(_on(mesh, like))
+    return self._restore(weights=target)["weights"]
+
+  def _restore(self, **items: Any) -> Any:
+    step = self.latest_step()
+    try:
+      return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+      steps = [s for s in self._manager.all_steps() if s != step]
+      to_do = (
+        f"remove that folder to go on from step {max(steps)}"
+        if steps
+        else "there is no other one: start again with a new workdir"
+      )
+      reason = str(error).strip().splitlines()[0][:200]
+      raise InputError(
+        f"the checkpoint {self.folder(step)} is damaged or of another model "
+        f"({reason}): {to_do}"
+      ) from error
+
+
+def _on(mesh: Mesh, tree: Any) -> Any:
+  """Shapes of a tree, as copies on every device of the mesh."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=devices.replicated(mesh)
+    ),
+    tree,
+  )

@@ -1,0 +1,241 @@
+"""The command line `nfnets`.
+
+Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage.
+Anything heavy is imported by the command that needs it.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from nfnets.errors import InputError, UsageError
+
+_CONFIG_HELP = (
+  "recipe file, file.py:VARIANT for one of a family; any value of it is "
+  "changed with --config.key=value (default: configs/digits.py)"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command; returns the exit code."""
+  parser = _make_parser()
+  args, rest = parser.parse_known_args(argv)
+  try:
+    if rest and not hasattr(args, "config"):
+      raise UsageError(f"{rest[0]} is no option of `nfnets {args.command}`")
+    return args.run(args, rest) or 0
+  except UsageError as error:
+    print(f"nfnets {args.command}: {error}", file=sys.stderr)
+    print(f"see `nfnets {args.command} --help`", file=sys.stderr)
+    return 2
+  except InputError as error:
+    print(f"nfnets {args.command}: {error}", file=sys.stderr)
+    return 1
+  except OSError as error:
+    print(f"nfnets {args.command}: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print(f"nfnets {args.command}: interrupted", file=sys.stderr)
+    return 1
+
+
+def _make_parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="nfnets",
+    description="Normalizer-Free Networks: train, evaluate, predict.",
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+
+  def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+      name, help=text, description=text, allow_abbrev=False
+    )
+    command.set_defaults(run=run)
+    return command
+
+  command = add("train", _train, "Train from a config, or go on with a run.")
+  command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
+  command.add_argument(
+    "--workdir",
+    type=Path,
+    help="folder of the run; given again, it goes on (default: a folder named "
+    "after the config in $NFNETS_RUNS, or in ./runs)",
+  )
+  command.add_argument(
+    "--pod",
+    action="store_true",
+    help="this process is one of a multi-host job (jax.distributed)",
+  )
+
+  command = add("evaluate", _evaluate, "Accuracy and loss on the test split.")
+  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
+  command.add_argument("--weights", type=Path, help="or a weights file")
+  command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
+  command.add_argument("--json", action="store_true", help="print JSON")
+
+  command = add("predict", _predict, "Classify image files.")
+  command.add_argument(
+    "paths", nargs="+", metavar="PATH", help="image files, or folders of them"
+  )
+  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
+  command.add_argument("--weights", type=Path, help="or a weights file")
+  command.add_argument(
+    "--top", type=int, default=5, help="classes per image (default: 5)"
+  )
+  command.add_argument("--json", action="store_true", help="print JSON lines")
+
+  command = add("info", _info, "The models, or all about one.")
+  command.add_argument("model", nargs="?", help="such as nfnet_f3")
+  command.add_argument(
+    "overrides",
+    nargs="*",
+    metavar="COLUMN=VALUE",
+    help="columns of the variant table, such as group_width=192,128,128,128",
+  )
+  command.add_argument(
+    "--groups",
+    action="store_true",
+    help="which parameters are clipped and decayed (default model: nfnet_f0)",
+  )
+  return parser
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+  config = _load_config(args.config, rest)
+  workdir = args.workdir or _default_workdir(args.config)
+  from nfnets import devices, train
+
+  if args.pod:
+    devices.join_pod()
+  result = train.train(config, workdir)
+  print(
+    f"done: test accuracy {result.top1:.2%} (EMA weights); "
+    f"weights and curves are in {workdir}"
+  )
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+  config = None
+  if args.config or rest:
+    config = _load_config(args.config, rest)
+  from nfnets import evaluate
+
+  results = evaluate.evaluate(
+    config, workdir=args.workdir, weights=args.weights
+  )
+  if args.json:
+    print(json.dumps({kind: r._asdict() for kind, r in results.items()}))
+  else:
+    for kind, result in results.items():
+      print(f"{kind:8}{result}")
+
+
+def _predict(args: argparse.Namespace, rest: list[str]) -> int:
+  del rest
+  if args.top < 1:
+    raise UsageError(f"--top={args.top}: must be at least 1")
+  from nfnets import predict
+
+  num_failures = 0
+  for result in predict.predict(
+    args.paths, workdir=args.workdir, weights=args.weights, top=args.top
+  ):
+    if isinstance(result, predict.Failure):
+      num_failures += 1
+      print(f"nfnets predict: {result.reason}", file=sys.stderr)
+    elif args.json:
+      classes = [
+        {"name": name, "probability": value} for name, value in result.classes
+      ]
+      print(json.dumps({"path": str(result.path), "classes": classes}))
+    else:
+      print(result.path)
+      for name, value in result.classes:
+        print(f"  {value:7.2%}  {name}")
+  return 1 if num_failures else 0
+
+
+def _info(args: argparse.Namespace, rest: list[str]) -> None:
+  del rest
+  from rich.console import Console
+
+  from nfnets import info, models
+
+  console = Console(soft_wrap=True, highlight=False)
+  if args.model is None and not args.groups:
+    info.print_models(console)
+    return
+  overrides = dict(map(_parse_override, args.overrides))
+  try:
+    model = models.make(args.model or "nfnet_f0", **overrides)
+  except InputError as error:
+    raise UsageError(str(error)) from None
+  if args.groups:
+    info.print_groups(console, model)
+  else:
+    info.print_model(console, model)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+  column, equals, value = text.partition("=")
+  if not equals:
+    raise UsageError(f"{text!r}: an override is written COLUMN=VALUE")
+  try:
+    return column, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return column, value  # A plain word, such as an activation's name.
+
+
+def _load_config(path: str | None, overrides: list[str]) -> Any:
+  """The config of a file with `--config.key=value` overrides in place."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  file, colon, variant = (path or "configs/digits.py").partition(":")
+  argv = [f"--config={_find_config(file)}{colon}{variant}", *overrides]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    extra = values(["nfnets", *argv])[1:]
+    config = values["config"].value
+  except (flags.Error, AttributeError, KeyError, OSError) as error:
+    # The cause is in the last line that says something; key errors quote it.
+    lines = [s.strip() for s in str(error).strip("'\"").splitlines()]
+    text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+    text = text.replace("\\n", " ").replace("\\'", "'")
+    raise UsageError(f"--config: {text}") from None
+  if extra:
+    raise UsageError(f"{extra[0]!r} is not understood")
+  return config
+
+
+def _find_config(file: str) -> Path:
+  """A recipe by path; one of ours also from any other folder."""
+  ours = Path(importlib.util.find_spec("configs").origin).parent.parent
+  for path in (Path(file), ours / file):
+    if path.is_file():
+      return path
+  known = sorted(
+    f"configs/{p.name}"
+    for p in (ours / "configs").glob("*.py")
+    if p.stem not in ("__init__", "base")
+  )
+  raise UsageError(
+    f"--config: there is no file {file}; recipes at hand: {', '.join(known)}"
+  )
+
+
+def _default_workdir(config: str | None) -> Path:
+  file, _, variant = (config or "configs/digits.py").partition(":")
+  name = "-".join(filter(None, (Path(file).stem, variant)))
+  return Path(os.environ.get("NFNETS_RUNS", "runs")) / name
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,75 @@
+"""Figures of a run, made from its `metrics.jsonl`."""
+
+from pathlib import Path
+
+from nfnets import metrics
+
+_TRAIN = "#4c78a8"
+_RAW = "#f58518"
+_EMA = "#54a24b"
+_PARTS = ("#72b7b2", "#eeca3b", "#b279a2", "#ff9da6", "#9d755d", "#bab0ac")
+
+
+def save_curves(workdir: Path, path: Path, *, title: str) -> None:
+  """Draws loss, accuracy, learning rate and clipped share over the steps."""
+  from matplotlib.figure import Figure
+
+  rows = metrics.read(workdir)
+  train = [row for row in rows if row["kind"] == "train"]
+  evals = [row for row in rows if row["kind"] == "eval"]
+
+  figure = Figure(figsize=(10, 7), layout="constrained")
+  figure.suptitle(title)
+  axes = figure.subplots(2, 2, sharex=True)
+
+  def draw(axis, rows, name, scale=1.0, **style):
+    points = [(row["step"], row[name] * scale) for row in rows if name in row]
+    if points:
+      axis.plot(*zip(*points, strict=True), **style)
+
+  marker = {"marker": "o", "markersize": 3}
+  (loss, accuracy), (rate, clipped) = axes
+  draw(loss, train, "loss", color=_TRAIN, lw=1, label="training batch")
+  draw(loss, evals, "raw_loss", color=_RAW, label="test, raw", **marker)
+  draw(loss, evals, "ema_loss", color=_EMA, label="test, EMA", **marker)
+  loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
+
+  percent = {"scale": 100.0}
+  draw(
+    accuracy, train, "accuracy", color=_TRAIN, lw=1, label="training batch",
+    **percent,
+  )  # fmt: skip
+  for kind, color, label in (
+    ("raw_top1", _RAW, "test, raw"),
+    ("ema_top1", _EMA, "test, EMA"),
+  ):
+    draw(accuracy, evals, kind, color=color, label=label, **marker, **percent)
+  accuracy.set(title="Accuracy", ylabel="top-1 (%)", ylim=(None, 100.5))
+
+  draw(rate, train, "learning_rate", color=_TRAIN)
+  rate.set(title="Learning rate", xlabel="step", ylim=(0, None))
+
+  prefix = "clipped/"
+  names = sorted({k for row in train for k in row if k.startswith(prefix)})
+  parts = [name for name in names if name != prefix + "all"]
+  for i, name in enumerate(parts):
+    color = _PARTS[i % len(_PARTS)]
+    label = name.removeprefix(prefix)
+    draw(clipped, train, name, color=color, lw=0.8, label=label, **percent)
+  draw(
+    clipped, train, prefix + "all", color="black", lw=1.5, label="all",
+    **percent,
+  )  # fmt: skip
+  clipped.set(
+    title="Units clipped by AGC",
+    xlabel="step",
+    ylabel="share of units (%)",
+    ylim=(0, None),
+  )
+
+  for axis in axes.flat:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(frameon=False, fontsize=8, ncols=2 if axis is clipped else 1)
+  figure.savefig(path, dpi=150)

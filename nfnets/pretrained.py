@@ -1,0 +1,163 @@
+"""Weights in files: read and write, with a card that says what they are.
+
+A file holds the leaves of the two-level parameter dict under "module/name"
+keys, as safetensors or as plain npz (no pickle in either), and optionally a
+`Card`: enough to rebuild the network and prepare images for it.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nfnets import models
+from nfnets.errors import InputError
+
+Params = dict[str, dict[str, np.ndarray]]
+
+# Where the card is: safetensors metadata, and an npz entry (JSON as bytes).
+_CARD_KEY = "nfnets"
+
+
+class Card(NamedTuple):
+  """What a set of weights is and how images are prepared for it."""
+
+  model: str  # Name in the variant table.
+  overrides: dict[str, Any]  # Columns that differ from the table.
+  class_names: tuple[str, ...]
+  image_size: int  # Pixels, evaluation.
+  margin: int  # Resized to image_size + margin before the middle is cropped.
+  mean: tuple[float, ...]  # Per colour, grey levels 0 to 255.
+  std: tuple[float, ...]
+
+  def make_model(self) -> models.Model:
+    """The network that the weights fit."""
+    return models.make(self.model, len(self.class_names), **self.overrides)
+
+  @classmethod
+  def from_dict(cls, values: dict[str, Any], origin: str) -> "Card":
+    """From parsed JSON; `origin` names the file in errors."""
+    if set(values) != set(cls._fields):
+      raise InputError(
+        f"{origin}: its card has {sorted(values)}, expected "
+        f"{sorted(cls._fields)}: it was written by another version"
+      )
+    lists = {
+      k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+    }
+    return cls(**lists)
+
+
+def save(path: str | Path, params: Any, card: Card | None = None) -> None:
+  """Writes weights as `.safetensors` or `.npz`, by the name's ending.
+
+  Raises:
+    InputError: for another ending.
+  """
+  path = Path(path)
+  flat = _flatten(params)
+  text = json.dumps(card._asdict()) if card is not None else None
+  partial = path.with_name(f".partial-{path.name}")
+  if path.suffix == ".safetensors":
+    from safetensors.numpy import save_file
+
+    save_file(flat, partial, metadata={_CARD_KEY: text} if text else None)
+  elif path.suffix == ".npz":
+    if text:
+      flat[_CARD_KEY] = np.frombuffer(text.encode(), np.uint8)
+    np.savez(partial, **flat)
+  else:
+    raise InputError(f"{path}: weights are saved as .safetensors or .npz")
+  os.replace(partial, path)
+
+
+def load(path: str | Path) -> Params:
+  """Weights as a two-level dict of float32 arrays.
+
+  Raises:
+    InputError: when the file is missing, damaged, or of another kind.
+  """
+  return _load(path)[0]
+
+
+def load_with_card(path: str | Path) -> tuple[Params, Card | None]:
+  """Weights and, if the file has one, their card. Raises as `load`."""
+  return _load(path)
+
+
+def _load(path: str | Path) -> tuple[Params, Card | None]:
+  path = Path(path)
+  if not path.is_file():
+    raise InputError(f"{path}: there is no such weights file")
+  read = {".safetensors": _read_safetensors, ".npz": _read_npz}
+  if path.suffix not in read:
+    raise InputError(f"{path}: weights are read from .safetensors or .npz")
+  flat, text = read[path.suffix](path)
+  params: Params = {}
+  for key, value in flat.items():
+    module, _, name = key.rpartition("/")
+    params.setdefault(module, {})[name] = value.astype(np.float32)
+  card = None
+  if text is not None:
+    card = Card.from_dict(json.loads(text), str(path))
+  return params, card
+
+
+def _read_safetensors(path: Path):
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(path, framework="numpy") as file:
+      flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+      return flat, (file.metadata() or {}).get(_CARD_KEY)
+  except SafetensorError as error:
+    raise InputError(
+      f"{path} is damaged or no safetensors file ({error})"
+    ) from None
+
+
+def _read_npz(path: Path):
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      flat = {key: file[key] for key in file.files}
+  except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    raise InputError(
+      f"{path} is damaged or no plain npz file ({error})"
+    ) from None
+  card = flat.pop(_CARD_KEY, None)
+  return flat, None if card is None else card.tobytes().decode()
+
+
+def check(params: Any, model: models.Model, origin: str) -> None:
+  """Raises `InputError` unless every name and shape is what the model has."""
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  expected, _ = jax.eval_shape(model.init, jax.random.key(0), image)
+  ours = {key: value.shape for key, value in _leaves(expected)}
+  theirs = {key: value.shape for key, value in _leaves(params)}
+  if ours == theirs:
+    return
+  wrong = [
+    f"{key}: {theirs.get(key, 'missing')} in the file, "
+    f"{ours.get(key, 'absent')} in {model.name}"
+    for key in sorted(ours.keys() | theirs.keys())
+    if ours.get(key) != theirs.get(key)
+  ]
+  more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+  raise InputError(
+    f"{origin} does not hold weights of {model.name} with "
+    f"{model.num_classes} classes: {'; '.join(wrong[:3])}{more}"
+  )
+
+
+def _leaves(params: Any):
+  for module, values in params.items():
+    for name, value in values.items():
+      yield f"{module}/{name}", value
+
+
+def _flatten(params: Any) -> dict[str, np.ndarray]:
+  return {key: np.asarray(value) for key, value in _leaves(params)}

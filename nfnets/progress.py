@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on.
+
+A bar on a terminal; elsewhere (a log file, a notebook, CI) a line now and then.
+"""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class TrainProgress:
+  """Steps done, the latest numbers, images per second, time left.
+
+  A context manager. `say` prints a line that stays.
+  """
+
+  def __init__(self, *, start: int, total: int, batch_size: int):
+    self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    self._batch_size = batch_size
+    self._step, self._total = start, total
+    self._text = "compiling"
+    self._since = (time.monotonic(), start)  # Of the current speed.
+    self._last_line = time.monotonic()
+    self._bar = Progress(
+      TextColumn("train"),
+      BarColumn(bar_width=24),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[text]}"),
+      TextColumn("left"),
+      TimeRemainingColumn(compact=True),
+      console=self._console,
+      disable=not self._console.is_terminal,
+      transient=True,
+    )
+    self._task = self._bar.add_task(
+      "train", total=total, completed=start, text=self._text
+    )
+
+  def __enter__(self) -> "TrainProgress":
+    self._bar.start()
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._bar.stop()
+
+  def say(self, line: str) -> None:
+    """Prints a line above the bar."""
+    self._console.print(line, markup=False)
+
+  def restart_clock(self) -> None:
+    """Leaves what came before (compiling, evaluating) out of the speed."""
+    self._since = (time.monotonic(), self._step)
+
+  def update(self, step: int, values: dict[str, float]) -> None:
+    """Shows the numbers of a finished step."""
+    self._step = step
+    now = time.monotonic()
+    seconds, steps = now - self._since[0], step - self._since[1]
+    parts = [f"loss {values['loss']:.3f}", f"acc {values['accuracy']:.1%}"]
+    if steps > 0 and seconds > 0:
+      parts.append(f"{steps * self._batch_size / seconds:,.0f} img/s")
+    if "clipped/all" in values:
+      parts.append(f"clipped {values['clipped/all']:.0%}")
+    text = "  ".join(parts)
+    self._bar.update(self._task, completed=step, text=text)
+    if self._bar.disable and now - self._last_line > _SECONDS_BETWEEN_LINES:
+      left = (self._total - step) * seconds / max(1, steps)
+      self.say(f"step {step}/{self._total}  {text}  left {left:.0f} s")
+      self._last_line = now

@@ -1,0 +1,234 @@
+"""From a config to what a run needs: derived values and checked ones.
+
+Configs store what a person decides; everything that follows from them is
+worked out here, once, after the overrides.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from nfnets import models, optim, pretrained
+from nfnets.data import sources
+from nfnets.errors import InputError, UsageError
+from nfnets.steps import Normalization
+
+_FILE = "config.json"
+
+
+class Recipe(NamedTuple):
+  """A config with what follows from it."""
+
+  config: ConfigDict
+  source: sources.Source
+  model: models.Model
+  card: pretrained.Card
+  train_size: int  # Pixels.
+  steps_per_epoch: float
+  total_steps: int
+  warmup_steps: int
+  eval_every_steps: int
+  peak_learning_rate: float
+
+  @property
+  def normalization(self) -> Normalization:
+    return Normalization(self.card.mean, self.card.std)
+
+  def make_optimizer(self):
+    """The optimiser, with the schedule of this run."""
+    c = self.config.optim
+    schedule = self.make_schedule()
+    return optim.make_optimizer(
+      schedule,
+      momentum=c.momentum,
+      weight_decay=c.weight_decay,
+      clipping=c.agc_clipping or None,
+      clipping_eps=c.agc_eps,
+      stage_of=self.model.stage_of,
+    )
+
+  def make_schedule(self):
+    """Learning rate by step."""
+    return optim.make_schedule(
+      peak=self.peak_learning_rate,
+      warmup_steps=self.warmup_steps,
+      total_steps=self.total_steps,
+    )
+
+
+def resolve(config: ConfigDict) -> Recipe:
+  """Works out a config.
+
+  Raises:
+    UsageError: for an unknown name or a value out of its range.
+  """
+  _check_ranges(config)
+  columns = config.model.to_dict()
+  name = columns.pop("name")
+  overrides = {k: v for k, v in columns.items() if v is not None}
+  try:
+    row = models.variant(name, **overrides)
+  except InputError as error:
+    raise UsageError(f"config.model: {error}") from None
+  train_size = config.data.train_size or row.train_size
+  source = sources.load(config.data.source, image_size=train_size)
+  num_classes = len(source.class_names)
+
+  c = config.train
+  steps_per_epoch = source.train.num_examples / c.batch_size
+  total_steps = int(c.epochs * steps_per_epoch)
+  if total_steps < 1:
+    raise UsageError(
+      f"config.train: {c.epochs:g} epochs of {source.train.num_examples} "
+      f"images in batches of {c.batch_size} are less than one step: raise epochs or "
+      "lower batch_size"
+    )
+  return Recipe(
+    config=config,
+    source=source,
+    model=models.make(name, num_classes, **overrides),
+    card=pretrained.Card(
+      model=name,
+      overrides=overrides,
+      class_names=source.class_names,
+      image_size=config.data.test_size or row.test_size,
+      margin=config.data.eval_margin,
+      mean=config.data.mean,
+      std=config.data.std,
+    ),
+    train_size=train_size,
+    steps_per_epoch=steps_per_epoch,
+    total_steps=total_steps,
+    warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+    eval_every_steps=max(1, round(config.eval.every_epochs * steps_per_epoch)),
+    peak_learning_rate=config.optim.lr_per_256 * c.batch_size / 256,
+  )
+
+
+def _check_ranges(config: ConfigDict) -> None:
+  """Raises `UsageError` for numbers that cannot be meant."""
+  positive = (
+    "train.epochs",
+    "train.batch_size",
+    "train.accumulate",
+    "eval.batch_size",
+    "eval.every_epochs",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+  )
+  not_negative = (
+    "seed",
+    "data.eval_margin",
+    "optim.lr_per_256",
+    "optim.warmup_epochs",
+    "optim.weight_decay",
+    "optim.agc_clipping",
+    "optim.agc_eps",
+  )
+  below_one = (
+    "augment.shift",
+    "train.label_smoothing",
+    "optim.momentum",
+    "optim.ema_decay",
+  )
+  flat = _flatten(config.to_dict())
+  for keys, is_good, what in (
+    (positive, lambda x: x > 0, "more than 0"),
+    (not_negative, lambda x: x >= 0, "0 or more"),
+    (below_one, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+  ):
+    for key in keys:
+      if not is_good(flat[key]):
+        raise UsageError(f"config.{key}={flat[key]}: must be {what}")
+
+
+def save(recipe: Recipe, workdir: Path) -> list[str]:
+  """Writes the resolved config to `config.json`; says what changed in it.
+
+  A workdir belongs to one model, data set and seed. Other settings may change
+  from one start to the next (a lower learning rate after a divergence, say);
+  each is returned as a line "key: old -> new".
+
+  Raises:
+    InputError: when the workdir belongs to another run; nothing is written.
+  """
+  changes = []
+  path = workdir / _FILE
+  if path.exists():
+    old = _flatten(load_config(workdir).to_dict())
+    new = _flatten(recipe.config.to_dict())
+    changed = {
+      key: f"{key}: {old.get(key)} -> {new.get(key)}"
+      for key in sorted(old | new)
+      if old.get(key) != new.get(key)
+    }
+    for key, change in changed.items():
+      if key.startswith(("model.", "data.")) or key == "seed":
+        raise InputError(
+          f"{workdir} holds another run ({change}): choose another --workdir, "
+          "or give the config that this one was started with"
+        )
+    changes = list(changed.values())
+  derived = recipe._asdict()
+  for name in ("config", "source", "model", "card"):
+    del derived[name]
+  derived["num_params"] = recipe.model.count_params()
+  text = json.dumps(
+    {
+      "config": recipe.config.to_dict(),
+      "derived": derived,
+      "card": recipe.card._asdict(),
+    },
+    indent=2,
+  )
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".partial-{_FILE}")
+  partial.write_text(text + "\n")
+  os.replace(partial, path)
+  return changes
+
+
+def load_config(workdir: Path) -> ConfigDict:
+  """The config that a workdir was last started with."""
+  return ConfigDict(_tuples(_read(workdir)["config"]))
+
+
+def load_card(workdir: Path) -> pretrained.Card:
+  """What the weights of a workdir are."""
+  return pretrained.Card.from_dict(
+    _tuples(_read(workdir)["card"]), str(workdir / _FILE)
+  )
+
+
+def _read(workdir: Path) -> dict[str, Any]:
+  path = workdir / _FILE
+  if not path.is_file():
+    what = "is no workdir of a run" if workdir.exists() else "does not exist"
+    raise InputError(
+      f"{workdir} {what} (no {_FILE}): give the --workdir of `nfnets train`"
+    )
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise InputError(f"{path} is not JSON ({error})") from None
+
+
+def _tuples(value: Any) -> Any:
+  """JSON's lists as the tuples they were."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat

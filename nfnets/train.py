@@ -1,0 +1,252 @@
+"""The story of a training run, from a config to weights and curves.
+
+A run is a workdir. Started again with the same one it goes on from its newest
+checkpoint, bit for bit as if it had never stopped.
+"""
+
+import collections
+import contextlib
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from nfnets import (
+  augment,
+  checkpoint,
+  devices,
+  evaluate,
+  metrics,
+  plots,
+  pretrained,
+  progress,
+  recipe,
+  steps,
+)
+from nfnets.data import batches, sources
+from nfnets.errors import InputError
+
+# Steps given to the devices before the oldest must have finished: enough to
+# keep them busy while the host prepares the next batch.
+_MAX_IN_FLIGHT = 2
+
+
+class DivergedError(InputError):
+  """Loss or gradient are not finite."""
+
+
+def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
+  """Trains to the last epoch; returns the EMA weights' test result.
+
+  Writes to the workdir: `config.json`, `metrics.jsonl`, `tensorboard/`,
+  `checkpoints/`, and at the end `weights.safetensors` (EMA) and `curves.png`.
+
+  Raises:
+    InputError: for a config that cannot run, a workdir of another run, a
+      damaged checkpoint, or (`DivergedError`) a loss that is not finite.
+  """
+  r = recipe.resolve(config)
+  mesh = devices.make_mesh(config.train.num_devices)
+  batch_size = config.train.batch_size
+  devices.check_batch_size(batch_size, mesh, config.train.accumulate)
+
+  optimizer = r.make_optimizer()
+  train_step = steps.make_train_step(
+    r.model,
+    optimizer,
+    mesh,
+    normalization=r.normalization,
+    label_smoothing=config.train.label_smoothing,
+    ema_decay=config.optim.ema_decay,
+    seed=config.seed,
+    augment=augment.make_shift(config.augment.shift),
+    precision=config.train.precision,
+    accumulate=config.train.accumulate,
+  )
+  eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
+  test = sources.load(config.data.source, image_size=r.card.image_size).test
+
+  is_first_host = jax.process_index() == 0
+  changes = recipe.save(r, workdir) if is_first_host else []
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    )
+    state = steps.init_state(
+      r.model, optimizer, image_size=r.train_size, seed=config.seed, mesh=mesh
+    )
+    position = 0
+    if checkpoints.latest_step() is not None:
+      state, position = checkpoints.restore(state, mesh)
+    start = int(state.step)
+    bar = stack.enter_context(
+      progress.TrainProgress(
+        start=start, total=r.total_steps, batch_size=batch_size
+      )
+    )
+    log = stack.enter_context(
+      contextlib.closing(metrics.Log(workdir, step=start))
+    )
+    stop = stack.enter_context(_stop_on_signal())
+    bar.say(_headline(r, mesh, workdir, start))
+    for change in changes:
+      bar.say(f"changed since the last start: {change}")
+
+    data = batches.TrainBatches(
+      r.source.train,
+      batch_size=batch_size,
+      seed=config.seed,
+      position=position,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
+    schedule = r.make_schedule()
+    in_flight: collections.deque[tuple[int, Any]] = collections.deque()
+
+    def land_oldest() -> None:
+      """Waits for the oldest step in flight; checks, shows and logs it."""
+      step, values = in_flight.popleft()
+      values = {k: float(v) for k, v in jax.device_get(values).items()}
+      if not math.isfinite(values["loss"] + values["grad_norm"]):
+        checkpoints.wait()
+        raise DivergedError(_advice(step, values, checkpoints, config))
+      bar.update(step, values)
+      if step % config.log_every_steps == 0 or step == r.total_steps:
+        values["learning_rate"] = float(schedule(step - 1))
+        log.write(step, "train", values)
+
+    def run_evaluation(step: int) -> evaluate.Result:
+      results = {
+        kind: evaluate.over_split(
+          eval_step,
+          params,
+          net_state,
+          test,
+          batch_size=config.eval.batch_size,
+          mesh=mesh,
+        )
+        for kind, params, net_state in (
+          ("raw", state.params, state.state),
+          ("ema", state.ema_params, state.ema_state),
+        )
+      }
+      values = {
+        f"{kind}_{name}": getattr(result, name)
+        for kind, result in results.items()
+        for name in ("loss", "top1", "top5")
+      }
+      if step > start:  # A complete run has this row already.
+        log.write(step, "eval", values)
+      bar.say(
+        f"epoch {step / r.steps_per_epoch:.1f}  step {step}  test: "
+        f"raw {results['raw'].top1:.2%}, EMA {results['ema'].top1:.2%}"
+      )
+      return results["ema"]
+
+    result = None
+    for step in range(start + 1, r.total_steps + 1):
+      batch = devices.shard_batch(next(data), mesh)
+      state, values = train_step(state, batch)
+      in_flight.append((step, values))
+      if len(in_flight) > _MAX_IN_FLIGHT or step == start + 1:
+        land_oldest()
+      if step == start + 1:
+        bar.restart_clock()  # The first step compiles.
+
+      is_last = step == r.total_steps
+      is_eval_due = step % r.eval_every_steps == 0 or is_last
+      is_save_due = step % config.checkpoint_every_steps == 0 or is_last
+      if is_eval_due or is_save_due or stop.requested:
+        while in_flight:
+          land_oldest()
+      if is_eval_due:
+        result = run_evaluation(step)
+        bar.restart_clock()
+      if is_save_due or stop.requested:
+        checkpoints.save(state, position=data.position)
+      if stop.requested and not is_last:
+        checkpoints.wait()
+        raise InputError(
+          f"stopped by {stop.requested} after step {step} of "
+          f"{r.total_steps}; the same command goes on from there"
+        )
+
+    if result is None:  # The run was complete already.
+      result = run_evaluation(start)
+    checkpoints.wait()
+    if is_first_host:
+      ema_params = jax.device_get(state.ema_params)
+      pretrained.save(workdir / "weights.safetensors", ema_params, r.card)
+      title = f"{r.model.name} on {config.data.source}"
+      plots.save_curves(workdir, workdir / "curves.png", title=title)
+  return result
+
+
+def _headline(r: recipe.Recipe, mesh: Any, workdir: Path, start: int) -> str:
+  c = r.config
+  device = mesh.devices.flat[0].device_kind
+  what = f"from step {start}" if start else "from scratch"
+  if start >= r.total_steps:
+    what = "is complete"
+  return (
+    f"{r.model.name} ({r.model.count_params() / 1e6:.2f}M parameters) on "
+    f"{c.data.source}: {r.source.train.num_examples:,} images of "
+    f"{r.train_size} px, {r.total_steps:,} steps of {c.train.batch_size} on "
+    f"{mesh.size} x {device}; {workdir} {what}"
+  )
+
+
+def _advice(
+  step: int,
+  values: dict[str, float],
+  checkpoints: checkpoint.Checkpoints,
+  config: ConfigDict,
+) -> str:
+  """What to tell the user of a run that diverged."""
+  last = checkpoints.latest_step()
+  kept = (
+    f"the last good checkpoint is step {last} ({checkpoints.folder(last)}) and "
+    "the same command goes on from it"
+    if last is not None
+    else "there is no checkpoint yet"
+  )
+  return (
+    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} "
+    f"are not finite; {kept}; try a lower --config.optim.lr_per_256 (now "
+    f"{config.optim.lr_per_256:g}), a lower --config.optim.agc_clipping (now "
+    f"{config.optim.agc_clipping:g}, 0 is off), or more warmup_epochs (now "
+    f"{config.optim.warmup_epochs:g})"
+  )
+
+
+class _Stop:
+  """Name of the signal that asked the run to end, once one has."""
+
+  requested: str | None = None
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+  """Ctrl-C and SIGTERM finish the step and save, a second Ctrl-C does not."""
+  stop = _Stop()
+
+  def request(number, frame):
+    del frame
+    stop.requested = signal.Signals(number).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  try:
+    old = {
+      s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+  except ValueError:  # Not the main thread, so signals are not ours.
+    yield stop
+    return
+  try:
+    yield stop
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)

@@ -1,0 +1,37 @@
+"""Packaging; versions seen to work together are in scripts/constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+  name="nfnets",
+  version="0.1.0",
+  description="Normalizer-Free Networks on JAX and Haiku",
+  long_description=Path(__file__).with_name("README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["nfnets", "nfnets.*", "configs"]),
+  install_requires=[
+    "absl-py",
+    "dm-haiku>=0.0.17",
+    "jax>=0.10",
+    "matplotlib",
+    "ml_collections>=1.1",
+    "numpy",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "pillow",
+    "rich",
+    "safetensors",
+    "scikit-learn",
+    "tensorboardX",
+  ],
+  extras_require={
+    "cuda": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "test": ["hypothesis", "pytest", "ruff"],
+  },
+  entry_points={"console_scripts": ["nfnets=nfnets.main:main"]},
+)
