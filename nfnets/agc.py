@@ -84,8 +84,9 @@ def adaptive_grad_clip(
 ) -> optax.GradientTransformation:
   """AGC as an optax transformation that says what it clipped.
 
-  The updates are bit for bit those of `optax.adaptive_grad_clip`. Which
-  parameters to clip is chosen outside, with `optax.masked` (the published
+  The updates are bit for bit those of `optax.adaptive_grad_clip`, operation by
+  operation (once compiled, either may round differently in the last place,
+  depending on what XLA fuses it with). Which parameters to clip is chosen outside, with `optax.masked` (the published
   recipe leaves out the classifier's weight: `nfnets.optim.GROUPS`).
 
   The best `clipping` depends on batch size, optimiser and learning rate: the

@@ -74,7 +74,7 @@ def standardize(w: jax.Array, gain: jax.Array, eps: float = 1e-4) -> jax.Array:
   fan_in = np.prod(w.shape[:-1])
   mean = jnp.mean(w, axis=(0, 1, 2), keepdims=True)
   var = jnp.var(w, axis=(0, 1, 2), keepdims=True)
-  scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, eps)) * gain
+  scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, eps)) * _along_channels(gain)
   return w * scale - mean * scale
 
 
@@ -154,7 +154,11 @@ class WSConv2D(hk.Module):
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
     w = standardize(w, gain).astype(x.dtype)
     out = conv2d(x, w, stride=self.stride, groups=self.groups)
-    return out + bias.astype(x.dtype)  # [N, H', W', output_channels]
+    return out + _along_channels(bias.astype(x.dtype))  # [N, H', W', C_out]
+
+
+def _along_channels(vector: jax.Array) -> jax.Array:  # [C] -> [1, 1, 1, C]
+  return vector[None, None, None]
 
 
 class SqueezeExcite(hk.Module):

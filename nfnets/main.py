@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -205,14 +206,23 @@ def _load_config(path: str | None, overrides: list[str]) -> Any:
     extra = values(["nfnets", *argv])[1:]
     config = values["config"].value
   except (flags.Error, AttributeError, KeyError, OSError) as error:
-    # The cause is in the last line that says something; key errors quote it.
-    lines = [s.strip() for s in str(error).strip("'\"").splitlines()]
-    text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-    text = text.replace("\\n", " ").replace("\\'", "'")
-    raise UsageError(f"--config: {text}") from None
+    raise UsageError(f"--config: {_one_line(error)}") from None
   if extra:
     raise UsageError(f"{extra[0]!r} is not understood")
   return config
+
+
+def _one_line(error: Exception) -> str:
+  """What a config library's error says, without quoting and tracebacks."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  text = str(error.args[0]) if error.args else ""
+  if found := re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text):
+    return f"there is no key {found[1]!r}: did you mean {found[2]!r}?"
+  if isinstance(error, KeyError | AttributeError):
+    return f"there is no such key: {text.strip()}"
+  lines = str(error).strip().splitlines()
+  return lines[-1] if "Traceback" in str(error) else " ".join(lines)
 
 
 def _find_config(file: str) -> Path:

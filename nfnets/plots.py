@@ -52,6 +52,9 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
   prefix = "clipped/"
   names = sorted({k for row in train for k in row if k.startswith(prefix)})
   parts = [name for name in names if name != prefix + "all"]
+  parts.sort(
+    key=lambda name: (name != prefix + "stem", name == prefix + "head")
+  )
   for i, name in enumerate(parts):
     color = _PARTS[i % len(_PARTS)]
     label = name.removeprefix(prefix)

@@ -83,8 +83,8 @@ def resolve(config: ConfigDict) -> Recipe:
   if total_steps < 1:
     raise UsageError(
       f"config.train: {c.epochs:g} epochs of {source.train.num_examples} "
-      f"images in batches of {c.batch_size} are less than one step: raise epochs or "
-      "lower batch_size"
+      f"images in batches of {c.batch_size} are less than one step: raise "
+      "epochs or lower batch_size"
     )
   return Recipe(
     config=config,

@@ -44,7 +44,7 @@ class Normalization(NamedTuple):
 
   def __call__(self, images: jax.Array, dtype: Any) -> jax.Array:
     """uint8 [N, H, W, 3] -> zero mean, unit variance, in `dtype`."""
-    mean, std = jnp.array(self.mean), jnp.array(self.std)
+    mean, std = jnp.array([[[self.mean]]]), jnp.array([[[self.std]]])
     return ((images.astype(jnp.float32) - mean) / std).astype(dtype)
 
 

@@ -89,8 +89,8 @@ def make(name: str, num_classes: int = 1000, **overrides: Any) -> Model:
     name: `nfnet_f0` ... `nfnet_f7`, `nfnet_f0_plus` ... `nfnet_f7_plus`, or
       `nfnet_tiny`.
     num_classes: Width of the logits.
-    **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such as
-      `depth=(1, 1, 1, 1)` or `second_conv=False`.
+    **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such
+      as `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
   Raises:
     InputError: see `variant`.

@@ -1,0 +1,98 @@
+"""Eight fake CPU devices, no silent broadcasting between ranks, and fixtures.
+
+The environment is set before JAX is imported. Commands started by the stories
+inherit it, but see one device unless a test asks for more.
+"""
+
+import os
+
+_DEVICES = "--xla_force_host_platform_device_count"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# More threads than cores: fake devices wait for each other inside a step.
+os.environ["NPROC"] = "16"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8"
+
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import zlib  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+
+# A network that compiles in seconds and still has every kind of layer: two
+# stages with a projection without stride, groups, a transition and a plain
+# block.
+SMALL = {
+  "depth": (1, 2),
+  "width": (16, 32),
+  "group_width": (8, 8),
+  "bottleneck_ratio": (0.5, 0.5),
+  "stem_width": (4, 8),
+}
+
+
+def draw_params(shapes):
+  """Parameters drawn by the rule that the reference fixtures were made with."""
+
+  def draw(module, name, shape):
+    seed = zlib.crc32(f"{module}/{name}".encode())
+    z = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    if name == "w":
+      return (z / np.sqrt(np.prod(shape[:-1]))).astype(np.float32)
+    offset, scale = {"gain": (1, 0.1), "skip_gain": (0.75, 0.1)}.get(
+      name, (0, 0.1)
+    )
+    return np.asarray(offset + scale * z, np.float32)
+
+  return {
+    module: {name: draw(module, name, x.shape) for name, x in values.items()}
+    for module, values in shapes.items()
+  }
+
+
+def param_shapes(model):
+  """Shapes of a model's parameters, without computing them."""
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), image)[0]
+
+
+def load_json(name):
+  """A reference file."""
+  return json.loads((REFERENCE / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+  """Environment of started commands: one device, compilations shared."""
+  cache = tmp_path_factory.getbasetemp() / "compiled"
+  return os.environ | {
+    "XLA_FLAGS": "",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+  }
+
+
+@pytest.fixture(scope="session")
+def nfnets(environment):
+  """Runs the command line in a process of its own."""
+
+  def run(*arguments, cwd=None, timeout=300, **variables):
+    return subprocess.run(
+      [sys.executable, "-m", "nfnets.main", *map(str, arguments)],
+      env=environment | variables,
+      cwd=cwd,
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+      check=False,
+    )
+
+  return run

@@ -1,0 +1,218 @@
+"""The networks: published sizes, names and outputs; signal propagation."""
+
+import functools
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
+
+from nfnets import models
+from nfnets.errors import InputError
+from nfnets.models import nfnet
+
+SIZES = load_json("sizes.json")
+
+
+@pytest.mark.parametrize(
+  "name", [n for n in models.VARIANTS if n != "nfnet_tiny"]
+)
+def test_every_row_has_its_published_size(name):
+  model = models.make(name)
+  if name not in SIZES:  # Wider rows that nobody published: the real tree.
+    shapes = jax.tree.leaves(param_shapes(model))
+    assert model.count_params() == sum(int(np.prod(x.shape)) for x in shapes)
+    return
+  assert model.count_params() == SIZES[name]["parameters"]
+  for size, macs in SIZES[name]["macs"].items():
+    assert round(model.count_macs(int(size)) / 1e9, 3) == macs, size
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    {},
+    {"second_conv": False},
+    {"se_ratio": 0.0},
+    {"se_ratio": 0.25, "final_conv_ratio": 1.5},
+    {"bottleneck_ratio": (0.5, 1.0), "stem_width": (8,)},
+  ],
+)
+def test_counted_parameters_are_the_real_ones(overrides):
+  model = models.make("nfnet_tiny", 7, **SMALL | overrides)
+  real = sum(x.size for x in jax.tree.leaves(param_shapes(model)))
+  assert model.count_params() == real
+
+
+def test_f4_plus_of_the_paper_is_one_override():
+  model = models.make("nfnet_f4_plus", group_width=(192, 128, 128, 128))
+  assert round(model.count_params() / 1e6) == 527
+  assert round(model.count_macs(512) / 1e9) == 367
+
+
+def test_f0_has_the_published_names_and_shapes():
+  params = param_shapes(models.make("nfnet_f0"))
+  tree = {
+    m: {n: list(x.shape) for n, x in v.items()} for m, v in params.items()
+  }
+  assert tree == load_json("tree_nfnet_f0.json")
+
+
+@functools.cache
+def _f0():
+  model = models.make("nfnet_f0")
+  apply = lambda params, images: model.apply(
+    params, {}, None, images, return_metrics=True
+  )[0]
+  return draw_params(param_shapes(model)), jax.jit(apply)
+
+
+@pytest.mark.parametrize("size", [64, 97])
+def test_f0_outputs_are_those_of_the_original_code(size):
+  expected = np.load(REFERENCE / "forward.npz")
+  rng = np.random.default_rng(2 * 1000 + size)
+  images = rng.standard_normal((2, size, size, 3), dtype=np.float32)
+  params, apply = _f0()
+  outputs = apply(params, images)
+  prefix = f"nfnet_f0/{size}/"
+  names = [k.removeprefix(prefix) for k in expected if k.startswith(prefix)]
+  assert len(names) == 2 + 2 * 13 + 12  # logits, pool; stem and 12 blocks.
+  for name in names:
+    theirs = expected[prefix + name]
+    error = np.max(np.abs(outputs[name] - theirs)) / np.max(np.abs(theirs))
+    assert error < 1e-4, (name, error)
+
+
+def test_bfloat16_images_give_float32_logits_near_the_exact_ones():
+  params, apply = _f0()
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((2, 64, 64, 3), dtype=np.float32)
+  exact = apply(params, images)["logits"]
+  rough = apply(params, images.astype(jnp.bfloat16))["logits"]
+  assert rough.dtype == jnp.float32
+  error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
+  # 8 bits of mantissa; about 60 rounded layers in a row.
+  assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_each_block_of_f0_propagates_the_predicted_variance(index):
+  """At initialisation with skip gains of one (2101.08692 section 3).
+
+  The input is noise of the analytic variance 1 / beta². A block adds alpha²; a
+  transition resets the shortcut to 1, and where it averages four independent
+  pixels to 1/4.
+  """
+  row = models.variant("nfnet_f0")
+  block = nfnet.plan(row)[index]
+
+  def forward(x):
+    return nfnet.NFBlock(block, row)(x, is_training=False)
+
+  network = hk.without_apply_rng(hk.transform(forward))
+  rng = np.random.default_rng(index)
+  shape = (1, 32, 32, block.in_channels)
+  x = rng.standard_normal(shape, dtype=np.float32) / block.beta
+  params = network.init(jax.random.key(index), x)
+  params = hk.data_structures.map(
+    lambda _, name, v: jnp.ones(()) if name == "skip_gain" else v, params
+  )
+  out, residual = jax.jit(network.apply)(params, x)
+
+  shortcut = 1 / block.stride**2 if block.has_projection else 1 / block.beta**2
+  variance = float(jnp.mean(jnp.var(out, (0, 1, 2))))
+  np.testing.assert_allclose(variance, shortcut + row.alpha**2, rtol=0.06)
+  # SAME padding takes up to a tenth; the gate is only near 1/2.
+  np.testing.assert_allclose(residual, 1, rtol=0.25)
+
+
+def test_signal_through_all_of_f0_grows_by_alpha_squared_per_block():
+  """The residual branch and its shortcut are independent, block after block."""
+  params, apply = _f0()
+  row = models.variant("nfnet_f0")
+  params = {
+    module: {
+      name: {"skip_gain": np.float32(1), "gain": np.ones_like(v)}.get(
+        name, np.zeros_like(v) if name in ("bias", "b") else v
+      )
+      for name, v in values.items()
+    }
+    for module, values in params.items()
+  }
+  rng = np.random.default_rng(1)
+  images = rng.standard_normal((2, 64, 64, 3), dtype=np.float32)
+  signal = apply(params, images)
+  for i, block in enumerate(nfnet.plan(row)):
+    before, after = signal[f"avg_var_{i}"], signal[f"avg_var_{i + 1}"]
+    residual = row.alpha**2 * signal[f"res_avg_var_{i}"]
+    if not block.has_projection:
+      np.testing.assert_allclose(after, before + residual, rtol=0.02)
+    assert 0 < residual < 0.06
+
+
+def test_blocks_start_as_their_shortcut():
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+  params, state = jax.jit(model.init)(jax.random.key(0), images)
+  apply = jax.jit(functools.partial(model.apply, return_metrics=True))
+  outputs, _ = apply(params, state, None, images)
+  for name in ("avg_var", "avg_sq_mean"):  # The last block has no projection.
+    np.testing.assert_array_equal(outputs[f"{name}_2"], outputs[f"{name}_3"])
+
+
+def test_training_uses_its_randomness_and_evaluation_none():
+  model = models.make(
+    "nfnet_tiny", 10, **SMALL, drop_rate=0.5, stochdepth_rate=0.5
+  )
+  images = np.random.default_rng(0).standard_normal((8, 32, 32, 3), np.float32)
+  params = draw_params(param_shapes(model))
+
+  @functools.partial(jax.jit, static_argnames="is_training")
+  def apply(key, is_training):
+    outputs, _ = model.apply(params, {}, key, images, is_training=is_training)
+    return outputs["logits"]
+
+  def logits(seed, is_training):
+    return apply(None if seed is None else jax.random.key(seed), is_training)
+
+  assert (logits(0, True) == logits(0, True)).all()
+  assert (logits(0, True) != logits(1, True)).any()
+  assert (logits(None, False) == logits(1, False)).all()
+
+
+def test_stages_of_modules():
+  model = models.make("nfnet_f0")
+  expected = {
+    "NFNet/~/stem_conv0": "stem",
+    "NFNet/~/nf_block": "stage1",
+    "NFNet/~/nf_block/~/conv0": "stage1",
+    "NFNet/~/nf_block_1/~/squeeze_excite/~/linear": "stage2",
+    "NFNet/~/nf_block_3/~/conv1b": "stage3",
+    "NFNet/~/nf_block_11": "stage4",
+    "NFNet/~/final_conv": "head",
+    "NFNet/~/linear": "head",
+  }
+  assert {name: model.stage_of(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides", "message"),
+  [
+    ("nfnet_f9", {}, r"unknown model 'nfnet_f9': did you mean nfnet_f"),
+    ("nfnet_f0", {"depht": (1,)}, r"'depht': did you mean depth"),
+    ("nfnet_f0", {"depth": (1, 2)}, r"width=.* has 4 entries, but depth"),
+    ("nfnet_f0", {"depth": 3}, r"depth=3 is a int, but .* tuple"),
+    ("nfnet_f0", {"depth": (0, 1, 1, 1)}, r"needs at least one block"),
+    ("nfnet_f0", {"drop_rate": 1.0}, r"drop_rate=1.0 is not in \[0, 1\)"),
+    ("nfnet_f0", {"activation": "gleu"}, r"did you mean gelu"),
+    ("nfnet_f0", {"group_width": (256,) * 4}, r"stage 1: a bottleneck of 128"),
+    ("nfnet_f0", {"second_conv": 1}, r"second_conv=1 is a int"),
+    ("nfnet_f0", {"se_ratio": -1}, r"se_ratio=-1.0 is negative"),
+  ],
+)
+def test_wrong_rows_are_one_clear_line(name, overrides, message):
+  with pytest.raises(InputError, match=message) as error:
+    models.make(name, **overrides)
+  assert "\n" not in str(error.value)
