@@ -86,8 +86,9 @@ def adaptive_grad_clip(
 
   The updates are bit for bit those of `optax.adaptive_grad_clip`, operation by
   operation (once compiled, either may round differently in the last place,
-  depending on what XLA fuses it with). Which parameters to clip is chosen outside, with `optax.masked` (the published
-  recipe leaves out the classifier's weight: `nfnets.optim.GROUPS`).
+  depending on what XLA fuses it with). Which parameters to clip is chosen
+  outside, with `optax.masked` (the published recipe leaves out the classifier's
+  weight: `nfnets.optim.GROUPS`).
 
   The best `clipping` depends on batch size, optimiser and learning rate: the
   paper uses 0.01 for SGD at batch 1024 to 4096 and larger values below; it is

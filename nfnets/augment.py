@@ -19,14 +19,16 @@ def make_shift(
 
   def shift(key: jax.Array, images: jax.Array) -> jax.Array:
     num, height, width, _ = images.shape
-    reach = (round(height * max_share), round(width * max_share))
+    reach = [round(side * max_share) for side in (height, width)]
     padded = jnp.pad(images, ((0, 0), *((r, r) for r in reach), (0, 0)))
-    corners = jax.random.randint(
-      key, (num, 2), 0, 2 * jnp.array(reach) + 1
-    )  # [N, 2]
-    cut = lambda image, corner: jax.lax.dynamic_slice(
-      image, (corner[0], corner[1], 0), images.shape[1:]
+    tops, lefts = (
+      jax.random.randint(k, (num,), 0, 2 * r + 1)  # [N]
+      for k, r in zip(jax.random.split(key), reach, strict=True)
     )
-    return jax.vmap(cut)(padded, corners)
+
+    def cut(image, top, left):
+      return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+
+    return jax.vmap(cut)(padded, tops, lefts)
 
   return shift

@@ -46,10 +46,14 @@ class Card(NamedTuple):
         f"{origin}: its card has {sorted(values)}, expected "
         f"{sorted(cls._fields)}: it was written by another version"
       )
-    lists = {
-      k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-    }
-    return cls(**lists)
+    return cls(**as_tuples(values))
+
+
+def as_tuples(value: Any) -> Any:
+  """Parsed JSON with the tuples that its lists were."""
+  if isinstance(value, dict):
+    return {k: as_tuples(v) for k, v in value.items()}
+  return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def save(path: str | Path, params: Any, card: Card | None = None) -> None:

@@ -194,14 +194,12 @@ def save(recipe: Recipe, workdir: Path) -> list[str]:
 
 def load_config(workdir: Path) -> ConfigDict:
   """The config that a workdir was last started with."""
-  return ConfigDict(_tuples(_read(workdir)["config"]))
+  return ConfigDict(pretrained.as_tuples(_read(workdir)["config"]))
 
 
 def load_card(workdir: Path) -> pretrained.Card:
   """What the weights of a workdir are."""
-  return pretrained.Card.from_dict(
-    _tuples(_read(workdir)["card"]), str(workdir / _FILE)
-  )
+  return pretrained.Card.from_dict(_read(workdir)["card"], str(workdir / _FILE))
 
 
 def _read(workdir: Path) -> dict[str, Any]:
@@ -215,13 +213,6 @@ def _read(workdir: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
   except json.JSONDecodeError as error:
     raise InputError(f"{path} is not JSON ({error})") from None
-
-
-def _tuples(value: Any) -> Any:
-  """JSON's lists as the tuples they were."""
-  if isinstance(value, dict):
-    return {k: _tuples(v) for k, v in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -171,7 +171,7 @@ def make_train_step(
     )
     params = optax.apply_updates(train_state.params, updates)
 
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     clipping = agc.find_state(opt_state)
     for part, values in clipping.statistics.items() if clipping else ():
       metrics[f"clipped/{part}"] = values.clipped

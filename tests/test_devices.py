@@ -1,0 +1,46 @@
+"""Devices: what does not divide is refused with numbers that would."""
+
+import jax
+import numpy as np
+import pytest
+
+from nfnets import devices
+from nfnets.errors import InputError
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "num_devices", "accumulate", "message"),
+  [
+    (30, 4, 1, r"batch of 30 images .* 4 devices: .* multiple of 4.* 28 or 32"),
+    (3, 8, 1, r"multiple of 8, such as 8$"),
+    (12, 4, 2, r"4 devices x 2 accumulated .* multiple of 8, such as 8 or 16"),
+  ],
+)
+def test_batch_that_does_not_divide(
+  batch_size, num_devices, accumulate, message
+):
+  mesh = devices.make_mesh(num_devices)
+  with pytest.raises(InputError, match=message):
+    devices.check_batch_size(batch_size, mesh, accumulate)
+  devices.check_batch_size(16, mesh, accumulate)
+
+
+def test_more_devices_than_there_are():
+  with pytest.raises(InputError, match=r"9 devices .* there are 8 \(cpu\)"):
+    devices.make_mesh(9)
+
+
+def test_replicated_copies_can_be_donated_without_losing_the_source():
+  mesh = devices.make_mesh(4)
+  source = np.arange(3.0, dtype=np.float32)
+  copy = devices.replicate(source, mesh)
+  double = jax.jit(lambda x: 2 * x, donate_argnums=0)(copy)
+  np.testing.assert_array_equal(source, [0, 1, 2])
+  np.testing.assert_array_equal(double, [0, 2, 4])
+
+
+def test_batches_are_split_on_their_first_dimension():
+  mesh = devices.make_mesh(4)
+  batch = devices.shard_batch(np.arange(8), mesh)
+  shards = [np.asarray(s.data).tolist() for s in batch.addressable_shards]
+  assert shards == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -1,0 +1,198 @@
+"""The train step: the original's trajectory, any number of devices, its HLO."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL, draw_params, load_json, param_shapes
+
+from nfnets import agc, augment, devices, models, optim, steps
+from nfnets.data.batch import Batch
+from nfnets.errors import InputError
+
+IDENTITY = steps.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def _batches(seed, num, batch_size, size=32):
+  rng = np.random.default_rng(seed)
+  shape = (num, batch_size, size, size, 3)
+  images = rng.standard_normal(shape, dtype=np.float32)
+  labels = rng.integers(0, 10, (num, batch_size)).astype(np.int32)
+  mask = np.ones(batch_size, np.float32)
+  return [Batch(x, y, mask) for x, y in zip(images, labels, strict=True)]
+
+
+def _setup(model, num_devices, *, schedule=0.1, **options):
+  """(state with the reference's parameters, compiled step, mesh)."""
+  mesh = devices.make_mesh(num_devices)
+  optimizer = optim.make_optimizer(schedule, stage_of=model.stage_of)
+  state = steps.init_state(model, optimizer, image_size=32, seed=0, mesh=mesh)
+  params = draw_params(param_shapes(model))
+  state = state._replace(
+    params=devices.replicate(params, mesh),
+    ema_params=devices.replicate(params, mesh),
+  )
+  defaults = {
+    "normalization": IDENTITY,
+    "label_smoothing": 0.1,
+    "ema_decay": 0.99999,
+    "seed": 0,
+  }
+  step = steps.make_train_step(model, optimizer, mesh, **defaults | options)
+  return state, step, mesh
+
+
+def _run(model, num_devices, batches, **options):
+  state, step, mesh = _setup(model, num_devices, **options)
+  metrics = []
+  for batch in batches:
+    state, values = step(state, devices.shard_batch(batch, mesh))
+    metrics.append({k: float(v) for k, v in values.items()})
+  return jax.device_get(state), metrics
+
+
+def _norms(params):
+  return {
+    f"{module}/{name}": float(np.linalg.norm(value))
+    for module, values in params.items()
+    for name, value in values.items()
+  }
+
+
+def test_six_steps_are_those_of_the_original_code():
+  expected = load_json("train_tiny.json")
+  state, metrics = _run(
+    models.make("nfnet_tiny", 10),
+    1,
+    _batches(3, 6, 8),
+    schedule=optim.make_schedule(peak=0.2, warmup_steps=2, total_steps=20),
+  )
+  for name, ours in (("losses", "loss"), ("grad_norms", "grad_norm")):
+    np.testing.assert_allclose(
+      [values[ours] for values in metrics], expected[name], rtol=1e-4
+    )
+  for name, params in (
+    ("param_norms", state.params),
+    ("ema_norms", state.ema_params),
+  ):
+    norms = _norms(params)
+    assert norms.keys() == expected[name].keys()
+    for key, norm in norms.items():
+      np.testing.assert_allclose(norm, expected[name][key], 1e-5, err_msg=key)
+  assert int(state.step) == 6
+
+
+@functools.cache
+def _one_device():
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  return _run(model, 1, _batches(0, 4, 16))
+
+
+def _assert_same_run(run, other):
+  (state, metrics), (other_state, other_metrics) = run, other
+  for values, expected in zip(metrics, other_metrics, strict=True):
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+      np.testing.assert_allclose(value, expected[name], 2e-4, err_msg=name)
+  for module, values in other_state.params.items():
+    for name, expected in values.items():
+      value = state.params[module][name]
+      np.testing.assert_allclose(
+        value, expected, rtol=1e-5, atol=2e-6, err_msg=f"{module}/{name}"
+      )
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+def test_n_devices_equal_one_device(num_devices):
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  run = _run(model, num_devices, _batches(0, 4, 16))
+  _assert_same_run(run, _one_device())
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+  """Clipping happens once, on the mean: per micro-batch it would differ."""
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  run = _run(model, 2, _batches(0, 4, 16), accumulate=4)
+  _assert_same_run(run, _one_device())
+  assert run[1][0]["clipped/all"] > 0.01
+
+
+def test_the_step_crosses_devices_only_for_gradients_and_metrics():
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  state, step, mesh = _setup(model, 4)
+  batch = devices.shard_batch(_batches(0, 1, 16)[0], mesh)
+  hlo = step.lower(state, batch).compile().as_text()
+  for collective in ("all-gather", "all-to-all", "collective-permute"):
+    assert not re.search(rf"= .*\b{collective}(-start)?\(", hlo), collective
+  reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", hlo)
+  assert reduced
+  shapes = [s for line in reduced for s in re.findall(r"f32\[([\d,]*)\]", line)]
+  assert not re.search(r"(bf16|f16|f64)\[", " ".join(reduced))
+  num_values = sum(
+    int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes
+  )
+  assert num_values == model.count_params() + 2  # The loss and the accuracy.
+
+
+def test_bfloat16_step_keeps_float32_state_and_learns_about_the_same():
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  state, metrics = _run(model, 2, _batches(0, 4, 16), precision="bfloat16")
+  for leaf in jax.tree.leaves(state):
+    assert leaf.dtype in (jnp.float32, jnp.int32)
+  exact = _one_device()[1]
+  for values, expected in zip(metrics, exact, strict=True):
+    np.testing.assert_allclose(values["loss"], expected["loss"], rtol=0.02)
+  assert metrics[0]["loss"] != exact[0]["loss"]
+
+
+def test_randomness_depends_on_seed_and_step_alone():
+  model = models.make("nfnet_tiny", 10, **SMALL, drop_rate=0.3)
+  batches = _batches(0, 2, 8)
+  shifted = {"augment": augment.make_shift(0.125)}
+  first = _run(model, 2, [batches[0]] * 2, **shifted)[1]
+  again = _run(model, 2, [batches[0]] * 2, **shifted)[1]
+  other = _run(model, 2, [batches[0]] * 2, seed=1, **shifted)[1]
+  assert first == again
+  assert first[0]["loss"] != other[0]["loss"]
+
+
+def test_statistics_name_every_part():
+  metrics = _one_device()[1][0]
+  parts = {k.partition("/")[2] for k in metrics if k.startswith("clipped/")}
+  assert parts == {"all", "stem", "stage1", "stage2", "head"}
+
+
+def test_without_agc_there_are_no_statistics():
+  optimizer = optim.make_optimizer(0.1, clipping=None)
+  params = {"net/conv": {"w": jnp.ones((2, 2))}}
+  assert agc.find_state(optimizer.init(params)) is None
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_evaluation_ignores_padding(num_devices):
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  mesh = devices.make_mesh(num_devices)
+  params = draw_params(param_shapes(model))
+  eval_step = steps.make_eval_step(model, mesh, normalization=IDENTITY)
+  (batch,) = _batches(0, 1, 8)
+  mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+  spoiled = batch.images.copy()
+  spoiled[5:] = np.nan
+  sums = eval_step(params, {}, Batch(spoiled, batch.labels, mask))
+
+  logits = model.apply(params, {}, None, batch.images[:5])[0]["logits"]
+  labels = batch.labels[:5]
+  order = np.argsort(-np.asarray(logits), axis=-1)
+  assert float(sums["count"]) == 5
+  assert float(sums["top1"]) == np.sum(order[:, 0] == labels)
+  assert float(sums["top5"]) == np.sum(order[:, :5] == labels[:, None])
+  log_probs = jax.nn.log_softmax(logits)[np.arange(5), labels]
+  np.testing.assert_allclose(sums["loss"], -jnp.sum(log_probs), rtol=1e-5)
+
+
+def test_unknown_precision_is_an_error():
+  with pytest.raises(InputError, match="use one of float32, bfloat16"):
+    steps.compute_dtype("float61")
