@@ -6,6 +6,7 @@ leaves the previous checkpoint as the newest). One item per use: `weights` is
 all that evaluation and prediction read.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,11 @@ class Checkpoints:
 
   def _restore(self, **items: Any) -> Any:
     step = self.latest_step()
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
     try:
-      return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+      restored = self._manager.restore(
+        step, args=self._ocp.args.Composite(**items)
+      )
     except Exception as error:  # Orbax and TensorStore raise many kinds.
       steps = [s for s in self._manager.all_steps() if s != step]
       to_do = (
@@ -111,11 +115,24 @@ class Checkpoints:
         if steps
         else "there is no other one: start again with a new workdir"
       )
-      reason = str(error).strip().splitlines()[0][:200]
+      reason = str(error).strip().splitlines()[0]
+      reason = reason.partition(" See full TensorStore")[0][:160].rstrip(". ")
       raise InputError(
         f"the checkpoint {self.folder(step)} is damaged or of another model "
         f"({reason}): {to_do}"
       ) from error
+    sys.unraisablehook = hook
+    return restored
+
+
+def _ignore_closed_loops(unraisable: Any) -> None:
+  """A hook that stays in place after a damaged checkpoint.
+
+  Once one array cannot be read, Orbax closes the event loop, and TensorStore
+  prints a traceback for each of the others that it was still reading.
+  """
+  if "Event loop is closed" not in str(unraisable.exc_value):
+    sys.__unraisablehook__(unraisable)
 
 
 def _on(mesh: Mesh, tree: Any) -> Any:

@@ -20,6 +20,7 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
   """The error for a wrong name: the nearest right ones, then all of them."""
   known = list(known)
   close = difflib.get_close_matches(given, known, n=3)
+  close = close or [name for name in known if given and given in name][:3]
   hint = f"did you mean {' or '.join(close)}? " if close else ""
   return UsageError(
     f"unknown {kind} {given!r}: {hint}known: {', '.join(known)}"

@@ -166,12 +166,15 @@ def save(recipe: Recipe, workdir: Path) -> list[str]:
       for key in sorted(old | new)
       if old.get(key) != new.get(key)
     }
-    for key, change in changed.items():
-      if key.startswith(("model.", "data.")) or key == "seed":
-        raise InputError(
-          f"{workdir} holds another run ({change}): choose another --workdir, "
-          "or give the config that this one was started with"
-        )
+    if fixed := [
+      change
+      for key, change in changed.items()
+      if key.startswith(("model.", "data.")) or key == "seed"
+    ]:
+      raise InputError(
+        f"{workdir} holds another run ({', '.join(fixed)}): choose another "
+        "--workdir, or give the config that this one was started with"
+      )
     changes = list(changed.values())
   derived = recipe._asdict()
   for name in ("config", "source", "model", "card"):

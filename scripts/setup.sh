@@ -1,0 +1,55 @@
+# Sourced by the other scripts: leaves $root (this checkout) and $venv (its
+# virtual environment, built once and again only when the requirements change).
+# Everything that is written, caches included, stays inside the checkout.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+export PIP_CACHE_DIR=$venv/cache/pip XDG_CACHE_HOME=$venv/cache
+export MPLCONFIGDIR=$venv/cache/matplotlib NFNETS_RUNS=${NFNETS_RUNS-$root/runs}
+export PYTHONPYCACHEPREFIX=$venv/cache/python PIP_DISABLE_PIP_VERSION_CHECK=1
+
+fail() {
+  echo "$1" >&2
+  exit 1
+}
+
+# Whether a command is a Python that can run this project and build an
+# environment; some are stubs that only print an error.
+is_usable() {
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+    >/dev/null 2>&1
+}
+
+find_python() {
+  local name
+  for name in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.13 python3.11; do
+    if is_usable "$name"; then
+      echo "$name"
+      return
+    fi
+  done
+  local found
+  found=$(python3 --version 2>&1) || found="no python3"
+  fail "Python 3.11 or newer with its venv module is needed, found: $found.
+Install it (on Debian and Ubuntu: apt-get install python3 python3-venv), or
+name one: PYTHON=/path/to/python3.12 $0"
+}
+
+build_environment() {
+  local python wanted stamp
+  stamp=$venv/requirements
+  wanted=$(cat "$root/setup.py" "$root/scripts/constraints.txt" &&
+    echo "$root ${1-}") || exit 1
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] &&
+    is_usable "$venv/bin/python"; then
+    return
+  fi
+  python=$(find_python) || exit 1
+  echo "Building the environment in $venv with $("$python" --version 2>&1)" >&2
+  rm -rf "$venv"
+  "$python" -m venv "$venv" || fail "could not create $venv"
+  "$venv/bin/python" -m pip install --quiet \
+    --constraint "$root/scripts/constraints.txt" --editable "$root${1-}" ||
+    fail "could not install the requirements (see above); run $0 again"
+  echo "$wanted" >"$stamp"
+}

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Builds the environment if need be, then trains: `scripts/train.sh --help`.
+# Without arguments, a small NFNet on handwritten digits; the run is in runs/.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+build_environment "${NFNETS_EXTRAS-[test]}"
+exec "$venv/bin/nfnets" train "$@"

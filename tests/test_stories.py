@@ -1,0 +1,409 @@
+"""Stories through the command line: train, kill, resume, evaluate, predict.
+
+Each command is a process of its own, as a user starts it.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from PIL import Image
+from sklearn.datasets import load_digits
+
+# 45 steps of a network that compiles in seconds, with a row for each step.
+TINY_RUN = [
+  *(f"--config.model.{k}={v}" for k, v in SMALL.items()),
+  "--config.model.drop_rate=0.1",
+  "--config.model.stochdepth_rate=0.1",
+  "--config.train.epochs=2.0",
+  "--config.log_every_steps=1",
+  "--config.checkpoint_every_steps=7",
+]
+
+
+def _rows(workdir, kind="train"):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def _last_line(result):
+  assert result.returncode == 0, result.stderr
+  return result.stdout.strip().splitlines()[-1]
+
+
+def _fails(result, exit_code, pattern):
+  """The command failed with one clear line (and, for 2, where to look)."""
+  assert result.returncode == exit_code, (result.stdout, result.stderr)
+  assert "Traceback" not in result.stderr
+  lines = result.stderr.strip().splitlines()
+  if exit_code == 2:
+    assert re.match(r"see `nfnets \w+ --help`", lines.pop())
+  assert len(lines) == 1, lines
+  assert re.search(pattern, lines[0]), lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(nfnets, tmp_path_factory):
+  """The workdir of a run that was never interrupted."""
+  workdir = tmp_path_factory.mktemp("stories") / "finished"
+  _last_line(nfnets("train", f"--workdir={workdir}", *TINY_RUN))
+  return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  """A copy of that workdir, to be harmed."""
+  return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def digit_files(tmp_path_factory):
+  """Ten scans, one of each digit, as PNG files."""
+  folder = tmp_path_factory.mktemp("digits")
+  data = load_digits()
+  for digit in range(10):
+    scan = data.images[list(data.target).index(digit)]
+    image = Image.fromarray((scan / 16 * 255).astype(np.uint8))
+    image.save(folder / f"{digit}.png")
+  return folder
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+  names = {path.name for path in finished.iterdir()}
+  assert names == {
+    "checkpoints",
+    "config.json",
+    "curves.png",
+    "metrics.jsonl",
+    "tensorboard",
+    "weights.safetensors",
+  }
+  assert [row["step"] for row in _rows(finished)] == list(range(1, 45))
+  row = _rows(finished)[10]
+  expected = {"loss", "accuracy", "grad_norm", "learning_rate", "clipped/all"}
+  assert expected < row.keys()
+  resolved = json.loads((finished / "config.json").read_text())
+  assert resolved["derived"]["total_steps"] == 44
+  assert resolved["derived"]["peak_learning_rate"] == 0.25
+  assert resolved["config"]["model"]["depth"] == [1, 2]
+  steps = {path.name for path in (finished / "checkpoints").iterdir()}
+  assert steps == {"35", "42", "44"}
+
+
+def _kill_when(is_time, command, environment):
+  """Starts a command and SIGKILLs it at a moment; whether it was in time."""
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.DEVNULL
+  )
+  try:
+    deadline = time.monotonic() + 120
+    while not is_time() and process.poll() is None:
+      assert time.monotonic() < deadline, "the moment never came"
+      time.sleep(0.001)
+    was_running = process.poll() is None
+  finally:
+    process.kill()
+    process.wait()
+  return was_running
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
+  finished, environment, tmp_path, nfnets
+):
+  """SIGKILL before, during and after checkpoints, then the same command."""
+  workdir = tmp_path / "killed"
+  command = [sys.executable, "-m", "nfnets.main", "train"]
+  command += [f"--workdir={workdir}", *TINY_RUN]
+  checkpoints = workdir / "checkpoints"
+
+  def at_step(step):
+    record = workdir / "metrics.jsonl"
+    return lambda: record.exists() and f'"step": {step},' in record.read_text()
+
+  def while_saving():
+    return any("tmp" in p.name for p in checkpoints.glob("*"))
+
+  moments = [at_step(3), while_saving, at_step(10), at_step(30)]
+  num_killed = sum(_kill_when(m, command, environment) for m in moments)
+  assert num_killed == len(moments)
+  assert not (workdir / "weights.safetensors").exists()
+
+  result = nfnets("train", f"--workdir={workdir}", *TINY_RUN)
+  _last_line(result)
+  assert re.search(r"from step \d+", result.stdout)
+  # Every number of every step, to the last bit, and the weights.
+  assert _rows(workdir) == _rows(finished)
+  assert _rows(workdir, "eval") == _rows(finished, "eval")
+  weights = "weights.safetensors"
+  assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_first(
+  number, environment, tmp_path, nfnets
+):
+  workdir = tmp_path / "stopped"
+  options = [*TINY_RUN, "--config.checkpoint_every_steps=1000"]
+  command = [sys.executable, "-m", "nfnets.main", "train"]
+  process = subprocess.Popen(
+    [*command, f"--workdir={workdir}", *options],
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  record = workdir / "metrics.jsonl"
+  while not record.exists() or '"step": 4,' not in record.read_text():
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.005)
+  process.send_signal(number)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 1
+  found = re.search(
+    r"stopped by SIG\w+ after step (\d+) of 44; the same", errors
+  )
+  assert found, errors
+  assert [p.name for p in (workdir / "checkpoints").iterdir()] == [found[1]]
+
+
+def test_a_finished_run_started_again_says_so(finished, nfnets):
+  before = {p: p.read_bytes() for p in finished.glob("*.jsonl")}
+  result = nfnets("train", f"--workdir={finished}", *TINY_RUN)
+  assert "is complete" in result.stdout
+  assert _last_line(result).startswith("done: test accuracy")
+  assert before == {p: p.read_bytes() for p in finished.glob("*.jsonl")}
+
+
+def test_other_settings_may_change_and_are_told(copy, nfnets):
+  result = nfnets(
+    "train", f"--workdir={copy}", *TINY_RUN, "--config.optim.lr_per_256=0.5"
+  )
+  _last_line(result)
+  assert "optim.lr_per_256: 1.0 -> 0.5" in result.stdout
+
+
+def test_evaluation_of_a_run_and_of_its_weights_agree(finished, nfnets):
+  of_run = nfnets("evaluate", f"--workdir={finished}", "--json")
+  results = json.loads(_last_line(of_run))
+  assert set(results) == {"raw", "ema"}
+  assert results["ema"]["num_examples"] == 360
+  recorded = _rows(finished, "eval")[-1]
+  for kind in ("raw", "ema"):
+    assert results[kind]["top1"] == recorded[f"{kind}_top1"]
+
+  weights = finished / "weights.safetensors"
+  config = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
+  of_weights = nfnets(
+    "evaluate", f"--weights={weights}", *config, "--config.eval.batch_size=100"
+  )
+  top1 = results["ema"]["top1"]
+  assert f"top-1 {top1:.2%}" in _last_line(of_weights)
+  assert "(360 images)" in of_weights.stdout
+
+
+def test_prediction_from_a_run_and_from_its_weights_agree(
+  finished, digit_files, nfnets
+):
+  sources = (
+    f"--workdir={finished}",
+    f"--weights={finished}/weights.safetensors",
+  )
+  outputs = []
+  for source in sources:
+    result = nfnets("predict", source, "--json", digit_files)
+    assert result.returncode == 0, result.stderr
+    outputs.append([json.loads(line) for line in result.stdout.splitlines()])
+  assert outputs[0] == outputs[1]
+  assert [os.path.basename(x["path"]) for x in outputs[0]] == [
+    f"{digit}.png" for digit in range(10)
+  ]
+  for output in outputs[0]:
+    probabilities = [c["probability"] for c in output["classes"]]
+    assert len(probabilities) == 5
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < sum(probabilities) <= 1 + 1e-6
+
+
+def test_prediction_goes_on_after_a_file_that_is_no_image(
+  finished, digit_files, tmp_path, nfnets
+):
+  (tmp_path / "0_bad.png").write_text("hello")
+  shutil.copy(digit_files / "7.png", tmp_path / "7.png")
+  result = nfnets("predict", f"--workdir={finished}", "--top=2", tmp_path)
+  _fails(result, 1, r"0_bad.png is not an image in a known format")
+  lines = result.stdout.splitlines()
+  assert lines[0].endswith("7.png")
+  assert len(lines) == 3
+  assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
+
+
+def test_the_first_run_of_the_readme_learns(nfnets, tmp_path):
+  """The embedded default, as it is: at least 98.5 % on held-out digits."""
+  result = nfnets("train", cwd=tmp_path)
+  found = re.fullmatch(
+    r"done: test accuracy (\d+\.\d\d)% \(EMA weights\); weights and curves "
+    r"are in runs/digits",
+    _last_line(result),
+  )
+  assert float(found[1]) >= 98.5
+  progress = re.findall(
+    r"loss \S+  acc \S+%  \S+ img/s  clipped \d+%", result.stdout
+  )
+  assert progress
+
+
+def test_info(nfnets):
+  listed = nfnets("info")
+  assert "nfnet_f6_plus" in listed.stdout
+  one = nfnets("info", "nfnet_f3").stdout
+  for text in (
+    "254,924,200",
+    "416 px, 114.76G",
+    "320 px, 67.94G",
+    "magnitude 15",
+  ):
+    assert text in one
+  paper = nfnets("info", "nfnet_f4_plus", "group_width=192,128,128,128").stdout
+  assert "527,033,076" in paper
+  assert "367.41G" in paper
+  groups = nfnets("info", "--groups").stdout
+  assert re.search(r"classifier weight +no +yes +1 +3,072,000", groups)
+
+
+def test_help_is_quick_and_complete(nfnets):
+  start = time.monotonic()
+  text = nfnets("--help").stdout
+  assert time.monotonic() - start < 2
+  for command in ("train", "evaluate", "predict", "info"):
+    assert command in text
+    assert f"usage: nfnets {command}" in nfnets(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+  ("arguments", "pattern"),
+  [
+    (["train", "--config.train.epoch=1"], r"'epoch': did you mean 'epochs'"),
+    (["train", "--config.trian.epochs=1"], r"'trian': did you mean 'train'"),
+    (["train", "--config.train.epochs=x"], r"epochs=x: could not convert"),
+    (["train", "--config=configs/digit.py"], r"no file .*: configs/digits.py"),
+    (["train", "--config=configs/digits.py:f0"], r"'f0': did you mean nfnet"),
+    (["train", "--config.model.name=nfnet_f8"], r"unknown model 'nfnet_f8'"),
+    (["train", "--config.model.width=(1,2)"], r"width=\(1, 2\) has 2 entries"),
+    (["train", "--config.data.source=digit"], r"data source 'digit': did you"),
+    (["train", "--config.train.batch_size=0"], r"batch_size=0: must be more"),
+    (["train", "--config.optim.ema_decay=1"], r"ema_decay=1.0: must be"),
+    (["train", "--config.train.epochs=0.01"], r"less than one step: raise"),
+    (["train", "--wrokdir=x"], r"flag 'wrokdir'"),
+    (["evaluate"], r"give either --workdir or --weights"),
+    (["evaluate", "--weights=x.npz"], r"--weights also needs a --config"),
+    (["predict", "x.png"], r"give either --workdir or --weights"),
+    (["predict", "x.png", "--workdir=x", "--top=0"], r"--top=0: must be at"),
+    (["info", "nfnet_f8"], r"unknown model 'nfnet_f8': did you mean"),
+    (["info", "nfnet_f0", "depth"], r"'depth': an override is written COLUMN"),
+    (["info", "--depth"], r"--depth is no option of `nfnets info`"),
+  ],
+)  # fmt: skip
+def test_wrong_usage(arguments, pattern, nfnets, tmp_path):
+  result = nfnets(*arguments, cwd=tmp_path)
+  _fails(result, 2, pattern)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ("arguments", "pattern"),
+  [
+    (["train", "--config.train.num_devices=3"], r"3 devices .* there are 1"),
+    (
+      ["train", "--config.train.batch_size=9", "--config.train.accumulate=2"],
+      r"batch of 9 images does not divide .* such as 8 or 10",
+    ),
+    (["evaluate", "--workdir=absent"], r"absent does not exist \(no conf"),
+    (["evaluate", "--workdir=."], r". is no workdir of a run"),
+    (["predict", "absent", "--workdir=."], r"absent does not exist: give"),
+    (["predict", ".", "--workdir=."], r"holds no image files"),
+  ],
+)  # fmt: skip
+def test_what_cannot_be_done(arguments, pattern, nfnets, tmp_path):
+  _fails(nfnets(*arguments, cwd=tmp_path), 1, pattern)
+  assert list(tmp_path.iterdir()) == []
+
+
+def _snapshot(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+  ("override", "pattern"),
+  [
+    ("--config.model.name=nfnet_f0", r"model.name: nfnet_tiny -> nfnet_f0"),
+    ("--config.model.alpha=0.5", r"model.alpha: None -> 0.5"),
+    ("--config.data.test_size=64", r"data.test_size: 32 -> 64"),
+    ("--config.seed=1", r"seed: 0 -> 1"),
+  ],
+)
+def test_workdir_of_another_run_is_left_alone(
+  finished, override, pattern, nfnets
+):
+  before = _snapshot(finished)
+  # The small network's columns would not fit F0.
+  options = [] if "f0" in override else TINY_RUN
+  result = nfnets("train", f"--workdir={finished}", *options, override)
+  _fails(result, 1, rf"holds another run \(.*{pattern}.*\): choose another")
+  assert _snapshot(finished) == before
+
+
+@pytest.mark.parametrize("item", ["weights", "optimizer"])
+def test_checkpoint_cut_short(copy, item, nfnets):
+  newest = copy / "checkpoints" / "44"
+  largest = max(
+    (p for p in (newest / item).rglob("*") if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
+  with largest.open("r+b") as file:
+    file.truncate(largest.stat().st_size // 2)
+  before = _snapshot(copy)
+  pattern = r"44 is damaged .* remove that folder to go on from step 42$"
+  _fails(nfnets("train", f"--workdir={copy}", *TINY_RUN), 1, pattern)
+  assert _snapshot(copy) == before
+  if item == "weights":
+    _fails(nfnets("evaluate", f"--workdir={copy}"), 1, pattern)
+
+  shutil.rmtree(newest)  # As told.
+  result = nfnets("train", f"--workdir={copy}", *TINY_RUN)
+  assert "from step 42" in result.stdout
+  _last_line(result)
+
+
+def test_config_of_a_workdir_that_is_damaged(copy, nfnets):
+  (copy / "config.json").write_text("{")
+  _fails(nfnets("evaluate", f"--workdir={copy}"), 1, r"config.json is not JSON")
+
+
+def test_a_run_that_diverges_says_what_to_try(nfnets, tmp_path):
+  workdir = tmp_path / "diverged"
+  result = nfnets(
+    "train",
+    f"--workdir={workdir}",
+    *TINY_RUN,
+    "--config.optim.agc_clipping=0",
+    "--config.optim.lr_per_256=1e9",
+    "--config.optim.warmup_epochs=1",
+    "--config.checkpoint_every_steps=1",
+  )
+  _fails(result, 1, r"step \d+: loss .* not finite; the last good checkpoint")
+  found = re.search(r"step (\d+): .* is step (\d+) \((.*?)\)", result.stderr)
+  assert int(found[2]) == int(found[1]) - 1
+  weights = nfnets("evaluate", f"--workdir={workdir}", "--json")
+  assert weights.returncode == 0
+  rows = _rows(workdir)
+  assert rows[-1]["step"] < int(found[1])
+  assert all(np.isfinite(list(row.values())[2:]).all() for row in rows)
+  assert "lower --config.optim.lr_per_256 (now 1e+09)" in result.stderr
