@@ -7,6 +7,7 @@ issue 47945.) The axis has one name, `AXIS`, and gradients and sums cross it in
 the step's one mean.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +24,29 @@ def join_pod() -> None:
   """Makes this process part of a multi-host job; call before anything else.
 
   Address, number of processes and index come from the cluster (TPU pods, Slurm,
-  Open MPI, Kubernetes) or from the variables JAX_COORDINATOR_ADDRESS,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  Open MPI, Kubernetes) or from the variables JAX_COORDINATOR_ADDRESS
+  (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+  Raises:
+    InputError: when the job cannot be joined.
   """
-  jax.distributed.initialize()
+  numbers = [
+    int(os.environ[name]) if name in os.environ else None
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  ]
+  try:
+    jax.distributed.initialize(None, *numbers)
+  except (ValueError, RuntimeError) as error:
+    raise InputError(
+      f"cannot join a multi-host job ({str(error).splitlines()[0]}): start one "
+      "process per host under the cluster's launcher, or set "
+      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    ) from None
+
+
+def is_first_host() -> bool:
+  """Whether this process speaks and writes for all."""
+  return jax.process_index() == 0
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

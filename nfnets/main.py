@@ -115,10 +115,11 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
   if args.pod:
     devices.join_pod()
   result = train.train(config, workdir)
-  print(
-    f"done: test accuracy {result.top1:.2%} (EMA weights); "
-    f"weights and curves are in {workdir}"
-  )
+  if devices.is_first_host():
+    print(
+      f"done: test accuracy {result.top1:.2%} (EMA weights); "
+      f"weights and curves are in {workdir}"
+    )
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:

@@ -20,12 +20,16 @@ class Log:
   """Appends rows to `metrics.jsonl` and to TensorBoard event files.
 
   Opening it at a step drops the rows that a killed run wrote beyond it, so the
-  record of a resumed run is the record of one that never stopped.
+  record of a resumed run is the record of one that never stopped. Of several
+  hosts one is the writer; the others' logs do nothing.
   """
 
-  def __init__(self, workdir: Path, *, step: int):
+  def __init__(self, workdir: Path, *, step: int, is_writer: bool = True):
     from tensorboardX import SummaryWriter
 
+    self._is_writer = is_writer
+    if not is_writer:
+      return
     self._path = workdir / "metrics.jsonl"
     kept = [row for row in read(workdir) if row["step"] <= step]
     _write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -36,6 +40,8 @@ class Log:
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Adds a row."""
+    if not self._is_writer:
+      return
     row = {"step": step, "kind": kind, **values}
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
@@ -44,8 +50,9 @@ class Log:
 
   def close(self) -> None:
     """Finishes both records."""
-    self._file.close()
-    self._board.close()
+    if self._is_writer:
+      self._file.close()
+      self._board.close()
 
 
 def read(workdir: Path) -> list[Row]:

@@ -22,15 +22,20 @@ _SECONDS_BETWEEN_LINES = 10.0
 class TrainProgress:
   """Steps done, the latest numbers, images per second, time left.
 
-  A context manager. `say` prints a line that stays.
+  A context manager. `say` prints a line that stays. Of several hosts one is
+  shown.
   """
 
-  def __init__(self, *, start: int, total: int, batch_size: int):
-    self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+  def __init__(
+    self, *, start: int, total: int, batch_size: int, is_shown: bool = True
+  ):
+    self._console = Console(
+      file=sys.stdout, soft_wrap=True, highlight=False, quiet=not is_shown
+    )
     self._batch_size = batch_size
     self._step, self._total = start, total
     self._text = "compiling"
-    self._since = (time.monotonic(), start)  # Of the current speed.
+    self._since: tuple[float, int] | None = None  # Time and step of the clock.
     self._last_line = time.monotonic()
     self._bar = Progress(
       TextColumn("train"),
@@ -59,22 +64,28 @@ class TrainProgress:
     self._console.print(line, markup=False)
 
   def restart_clock(self) -> None:
-    """Leaves what came before (compiling, evaluating) out of the speed."""
+    """Leaves what came before (compiling, evaluating) out of the speed.
+
+    There is no speed before the first call.
+    """
     self._since = (time.monotonic(), self._step)
 
   def update(self, step: int, values: dict[str, float]) -> None:
     """Shows the numbers of a finished step."""
     self._step = step
-    now = time.monotonic()
-    seconds, steps = now - self._since[0], step - self._since[1]
     parts = [f"loss {values['loss']:.3f}", f"acc {values['accuracy']:.1%}"]
-    if steps > 0 and seconds > 0:
-      parts.append(f"{steps * self._batch_size / seconds:,.0f} img/s")
+    left = ""
+    if self._since is not None and step > self._since[1]:
+      seconds_per_step = (time.monotonic() - self._since[0]) / (
+        step - self._since[1]
+      )
+      parts.append(f"{self._batch_size / seconds_per_step:,.0f} img/s")
+      left = f"  left {(self._total - step) * seconds_per_step:.0f} s"
     if "clipped/all" in values:
       parts.append(f"clipped {values['clipped/all']:.0%}")
     text = "  ".join(parts)
     self._bar.update(self._task, completed=step, text=text)
-    if self._bar.disable and now - self._last_line > _SECONDS_BETWEEN_LINES:
-      left = (self._total - step) * seconds / max(1, steps)
-      self.say(f"step {step}/{self._total}  {text}  left {left:.0f} s")
-      self._last_line = now
+    is_line_due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
+    if self._bar.disable and is_line_due:
+      self.say(f"step {step}/{self._total}  {text}{left}")
+      self._last_line = time.monotonic()

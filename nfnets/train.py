@@ -8,10 +8,12 @@ import collections
 import contextlib
 import math
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from nfnets import (
@@ -69,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
   test = sources.load(config.data.source, image_size=r.card.image_size).test
 
-  is_first_host = jax.process_index() == 0
+  is_first_host = devices.is_first_host()
   changes = recipe.save(r, workdir) if is_first_host else []
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
@@ -84,11 +86,16 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
     start = int(state.step)
     bar = stack.enter_context(
       progress.TrainProgress(
-        start=start, total=r.total_steps, batch_size=batch_size
+        start=start,
+        total=r.total_steps,
+        batch_size=batch_size,
+        is_shown=is_first_host,
       )
     )
     log = stack.enter_context(
-      contextlib.closing(metrics.Log(workdir, step=start))
+      contextlib.closing(
+        metrics.Log(workdir, step=start, is_writer=is_first_host)
+      )
     )
     stop = stack.enter_context(_stop_on_signal())
     bar.say(_headline(r, mesh, workdir, start))
@@ -158,19 +165,22 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
 
       is_last = step == r.total_steps
       is_eval_due = step % r.eval_every_steps == 0 or is_last
-      is_save_due = step % config.checkpoint_every_steps == 0 or is_last
-      if is_eval_due or is_save_due or stop.requested:
+      is_stop_due = stop.is_due(step) and not is_last
+      is_save_due = (
+        step % config.checkpoint_every_steps == 0 or is_last or is_stop_due
+      )
+      if is_eval_due or is_save_due:
         while in_flight:
           land_oldest()
       if is_eval_due:
         result = run_evaluation(step)
         bar.restart_clock()
-      if is_save_due or stop.requested:
+      if is_save_due:
         checkpoints.save(state, position=data.position)
-      if stop.requested and not is_last:
+      if is_stop_due:
         checkpoints.wait()
         raise InputError(
-          f"stopped by {stop.requested} after step {step} of "
+          f"stopped by {stop.reason} after step {step} of "
           f"{r.total_steps}; the same command goes on from there"
         )
 
@@ -223,28 +233,34 @@ def _advice(
 
 
 class _Stop:
-  """Name of the signal that asked the run to end, once one has."""
+  """Whether something asked the run to end."""
 
-  requested: str | None = None
+  reason: str | None = None
+
+  def is_due(self, step: int) -> bool:
+    """The answer after a step; on several hosts all get the same one."""
+    # On several hosts JAX's own listener spreads one's SIGTERM to all.
+    is_pod = jax.process_count() > 1
+    if is_pod and multihost_utils.reached_preemption_sync_point(step):
+      self.reason = "preemption"
+    return self.reason is not None
 
 
 @contextlib.contextmanager
 def _stop_on_signal():
-  """Ctrl-C and SIGTERM finish the step and save, a second Ctrl-C does not."""
+  """Ctrl-C and SIGTERM end the run after its step; a second Ctrl-C at once."""
   stop = _Stop()
 
   def request(number, frame):
     del frame
-    stop.requested = signal.Signals(number).name
+    stop.reason = signal.Signals(number).name
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  try:
-    old = {
-      s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)
-    }
-  except ValueError:  # Not the main thread, so signals are not ours.
-    yield stop
-    return
+  is_main = threading.current_thread() is threading.main_thread()
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  if not is_main or jax.process_count() > 1:  # The signals are not ours.
+    numbers = ()
+  old = {number: signal.signal(number, request) for number in numbers}
   try:
     yield stop
   finally:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,45 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
   assert _rows(workdir, "eval") == _rows(finished, "eval")
   weights = "weights.safetensors"
   assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_two_processes_train_as_one(finished, environment, tmp_path):
+  """A pod of two CPU hosts with a workdir that both see."""
+  workdir = tmp_path / "pod"
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  command = [sys.executable, "-m", "nfnets.main", "train", "--pod"]
+  command += [f"--workdir={workdir}", *TINY_RUN, "--config.train.epochs=0.5"]
+  variables = environment | {
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,
+    "JAX_NUM_PROCESSES": "2",
+  }
+  hosts = [
+    subprocess.Popen(
+      command,
+      env=variables | {"JAX_PROCESS_ID": str(index)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  try:
+    outputs = [host.communicate(timeout=200) for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  assert [host.returncode for host in hosts] == [0, 0], outputs
+  assert "on 2 x cpu" in outputs[0][0]
+  assert "done" in outputs[0][0]
+  assert "done" not in outputs[1][0]
+  # Dropout draws per device, so the losses are near, not equal.
+  ours, alone = _rows(workdir), _rows(finished)
+  assert [row["step"] for row in ours] == list(range(1, 12))
+  np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=0.02)
+  assert _rows(workdir, "eval")[-1]["step"] == 11
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
