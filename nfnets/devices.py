@@ -119,6 +119,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def create(function: Callable[[], Any], mesh: Mesh) -> Any:
+  """Runs a function of nothing so that every device has its own results."""
+  return jax.jit(function, out_shardings=replicated(mesh))()
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Copies a tree of arrays to every device of the mesh (fresh buffers)."""
   return jax.tree.map(

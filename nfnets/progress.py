@@ -34,7 +34,6 @@ class TrainProgress:
     )
     self._batch_size = batch_size
     self._step, self._total = start, total
-    self._text = "compiling"
     self._since: tuple[float, int] | None = None  # Time and step of the clock.
     self._last_line = time.monotonic()
     self._bar = Progress(
@@ -49,7 +48,7 @@ class TrainProgress:
       transient=True,
     )
     self._task = self._bar.add_task(
-      "train", total=total, completed=start, text=self._text
+      "train", total=total, completed=start, text="compiling"
     )
 
   def __enter__(self) -> "TrainProgress":

@@ -63,23 +63,21 @@ def init_state(
   *,
   image_size: int,
   seed: int,
-  mesh: Mesh,
 ) -> TrainState:
-  """A fresh state, created on the devices of the mesh."""
+  """A fresh state; a pure function, to be compiled or only shaped.
 
-  def init():
-    images = jnp.zeros((1, image_size, image_size, 3))
-    params, state = model.init(jax.random.key(seed), images)
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      state=state,
-      opt_state=optimizer.init(params),
-      ema_params=params,
-      ema_state=state,
-    )
-
-  return jax.jit(init, out_shardings=devices.replicated(mesh))()
+  `devices.create` makes it on the devices, `jax.eval_shape` tells its shapes.
+  """
+  images = jnp.zeros((1, image_size, image_size, 3))
+  params, state = model.init(jax.random.key(seed), images)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    state=state,
+    opt_state=optimizer.init(params),
+    ema_params=params,
+    ema_state=state,
+  )
 
 
 def make_train_step(

@@ -6,6 +6,7 @@ checkpoint, bit for bit as if it had never stopped.
 
 import collections
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -70,6 +71,13 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   )
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
   test = sources.load(config.data.source, image_size=r.card.image_size).test
+  init = functools.partial(
+    steps.init_state,
+    r.model,
+    optimizer,
+    image_size=r.train_size,
+    seed=config.seed,
+  )
 
   is_first_host = devices.is_first_host()
   changes = recipe.save(r, workdir) if is_first_host else []
@@ -77,12 +85,10 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
-    state = steps.init_state(
-      r.model, optimizer, image_size=r.train_size, seed=config.seed, mesh=mesh
-    )
-    position = 0
-    if checkpoints.latest_step() is not None:
-      state, position = checkpoints.restore(state, mesh)
+    if checkpoints.latest_step() is None:
+      state, position = devices.create(init, mesh), 0
+    else:
+      state, position = checkpoints.restore(jax.eval_shape(init), mesh)
     start = int(state.step)
     bar = stack.enter_context(
       progress.TrainProgress(
@@ -110,57 +116,14 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       host=jax.process_index(),
       num_hosts=jax.process_count(),
     )
-    schedule = r.make_schedule()
-    in_flight: collections.deque[tuple[int, Any]] = collections.deque()
-
-    def land_oldest() -> None:
-      """Waits for the oldest step in flight; checks, shows and logs it."""
-      step, values = in_flight.popleft()
-      values = {k: float(v) for k, v in jax.device_get(values).items()}
-      if not math.isfinite(values["loss"] + values["grad_norm"]):
-        checkpoints.wait()
-        raise DivergedError(_advice(step, values, checkpoints, config))
-      bar.update(step, values)
-      if step % config.log_every_steps == 0 or step == r.total_steps:
-        values["learning_rate"] = float(schedule(step - 1))
-        log.write(step, "train", values)
-
-    def run_evaluation(step: int) -> evaluate.Result:
-      results = {
-        kind: evaluate.over_split(
-          eval_step,
-          params,
-          net_state,
-          test,
-          batch_size=config.eval.batch_size,
-          mesh=mesh,
-        )
-        for kind, params, net_state in (
-          ("raw", state.params, state.state),
-          ("ema", state.ema_params, state.ema_state),
-        )
-      }
-      values = {
-        f"{kind}_{name}": getattr(result, name)
-        for kind, result in results.items()
-        for name in ("loss", "top1", "top5")
-      }
-      if step > start:  # A complete run has this row already.
-        log.write(step, "eval", values)
-      bar.say(
-        f"epoch {step / r.steps_per_epoch:.1f}  step {step}  test: "
-        f"raw {results['raw'].top1:.2%}, EMA {results['ema'].top1:.2%}"
-      )
-      return results["ema"]
-
+    in_flight = _InFlight(r, checkpoints, bar, log)
     result = None
     for step in range(start + 1, r.total_steps + 1):
       batch = devices.shard_batch(next(data), mesh)
       state, values = train_step(state, batch)
-      in_flight.append((step, values))
-      if len(in_flight) > _MAX_IN_FLIGHT or step == start + 1:
-        land_oldest()
+      in_flight.add(step, values)
       if step == start + 1:
+        in_flight.land_all()
         bar.restart_clock()  # The first step compiles.
 
       is_last = step == r.total_steps
@@ -170,10 +133,9 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
         step % config.checkpoint_every_steps == 0 or is_last or is_stop_due
       )
       if is_eval_due or is_save_due:
-        while in_flight:
-          land_oldest()
+        in_flight.land_all()  # Nothing that diverged is saved.
       if is_eval_due:
-        result = run_evaluation(step)
+        result = _evaluate(r, eval_step, state, test, mesh, bar, log)
         bar.restart_clock()
       if is_save_due:
         checkpoints.save(state, position=data.position)
@@ -184,8 +146,8 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
           f"{r.total_steps}; the same command goes on from there"
         )
 
-    if result is None:  # The run was complete already.
-      result = run_evaluation(start)
+    if result is None:  # The run was complete already, its record too.
+      result = _evaluate(r, eval_step, state, test, mesh, bar, log=None)
     checkpoints.wait()
     if is_first_host:
       ema_params = jax.device_get(state.ema_params)
@@ -193,6 +155,87 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       title = f"{r.model.name} on {config.data.source}"
       plots.save_curves(workdir, workdir / "curves.png", title=title)
   return result
+
+
+class _InFlight:
+  """Steps that were given to the devices and whose numbers were not read yet.
+
+  Adding one waits for the oldest when there are too many, so that the host
+  never runs far ahead; each is checked, shown and logged as it lands.
+  """
+
+  def __init__(
+    self,
+    r: recipe.Recipe,
+    checkpoints: checkpoint.Checkpoints,
+    bar: progress.TrainProgress,
+    log: metrics.Log,
+  ):
+    self._recipe, self._checkpoints = r, checkpoints
+    self._bar, self._log = bar, log
+    self._schedule = r.make_schedule()
+    self._steps: collections.deque[tuple[int, Any]] = collections.deque()
+
+  def add(self, step: int, values: Any) -> None:
+    self._steps.append((step, values))
+    if len(self._steps) > _MAX_IN_FLIGHT:
+      self._land_oldest()
+
+  def land_all(self) -> None:
+    while self._steps:
+      self._land_oldest()
+
+  def _land_oldest(self) -> None:
+    step, values = self._steps.popleft()
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not math.isfinite(values["loss"] + values["grad_norm"]):
+      self._checkpoints.wait()
+      config = self._recipe.config
+      raise DivergedError(_advice(step, values, self._checkpoints, config))
+    self._bar.update(step, values)
+    every = self._recipe.config.log_every_steps
+    if step % every == 0 or step == self._recipe.total_steps:
+      values["learning_rate"] = float(self._schedule(step - 1))
+      self._log.write(step, "train", values)
+
+
+def _evaluate(
+  r: recipe.Recipe,
+  eval_step: Any,
+  state: steps.TrainState,
+  split: sources.Split,
+  mesh: Any,
+  bar: progress.TrainProgress,
+  log: metrics.Log | None,
+) -> evaluate.Result:
+  """Raw and averaged weights on a split; returns the latter's result."""
+  raw, ema = (
+    evaluate.over_split(
+      eval_step,
+      params,
+      net_state,
+      split,
+      batch_size=r.config.eval.batch_size,
+      mesh=mesh,
+    )
+    for params, net_state in (
+      (state.params, state.state),
+      (state.ema_params, state.ema_state),
+    )
+  )
+  step = int(state.step)
+  if log is not None:
+    values = {
+      f"{kind}_{name}": getattr(result, name)
+      for kind, result in (("raw", raw), ("ema", ema))
+      for name in ("loss", "top1", "top5")
+    }
+    log.write(step, "eval", values)
+  bar.say(
+    f"epoch {step / r.steps_per_epoch:.1f}  step {step}  test: "
+    f"raw {raw.top1:.2%}, EMA {ema.top1:.2%}"
+  )
+  return ema
 
 
 def _headline(r: recipe.Recipe, mesh: Any, workdir: Path, start: int) -> str:

@@ -26,11 +26,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
-# A network that compiles in seconds and still has every kind of layer: two
-# stages with a projection without stride, groups, a transition and a plain
-# block.
+# A network that compiles in seconds and still has every kind of layer: groups,
+# a projection without stride and one with.
 SMALL = {
-  "depth": (1, 2),
+  "depth": (1, 1),
   "width": (16, 32),
   "group_width": (8, 8),
   "bottleneck_ratio": (0.5, 0.5),
@@ -74,6 +73,7 @@ def environment(tmp_path_factory):
   cache = tmp_path_factory.getbasetemp() / "compiled"
   return os.environ | {
     "XLA_FLAGS": "",
+    "NFNETS_RUNS": "runs",  # In the folder that the command is started in.
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -32,7 +32,9 @@ def _setup(model, num_devices, **options):
   mesh = devices.make_mesh(num_devices)
   schedule = options.pop("schedule", 0.1)
   optimizer = optim.make_optimizer(schedule, stage_of=model.stage_of)
-  state = steps.init_state(model, optimizer, image_size=32, seed=0, mesh=mesh)
+  state = devices.create(
+    lambda: steps.init_state(model, optimizer, image_size=32, seed=0), mesh
+  )
   params = draw_params(param_shapes(model))
   state = jax.device_get(state)._replace(params=params, ema_params=params)
   defaults = {
