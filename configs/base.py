@@ -36,7 +36,13 @@ def get_config() -> ConfigDict:
   config.model.stochdepth_rate = placeholder(float)  # Of the last block.
 
   config.data = ConfigDict()
-  config.data.source = "digits"  # A name in nfnets/data/sources.py.
+  # A name in nfnets/data/sources.py: digits, folder, synthetic.
+  config.data.source = "digits"
+  config.data.dir = placeholder(str)  # Where it is, unless part of a package.
+  # Share of each class for testing, where the data set does not say.
+  config.data.held_out_share = 0.2
+  config.data.num_threads = placeholder(int)  # That decode; None: one per core.
+  config.data.max_broken = 100  # Unreadable files that are skipped.
   config.data.train_size = placeholder(int)  # Pixels; None: the variant's.
   config.data.test_size = placeholder(int)  # Pixels; None: the variant's.
   # Evaluation resizes to (test_size + margin)² and crops the middle, pixels.
@@ -45,9 +51,19 @@ def get_config() -> ConfigDict:
   config.data.mean = (123.675, 116.28, 103.53)
   config.data.std = (58.395, 57.12, 57.375)
 
+  # Inside the compiled step, in this order.
   config.augment = ConfigDict()
-  # Random translation by up to this share of the image side; 0: none.
-  config.augment.shift = 0.0
+  config.augment.flip = True  # Half of the images, left to right.
+  config.augment.shift = 0.0  # Move by up to this share of the side; 0: none.
+  config.augment.mixup_alpha = 0.2  # Of Beta(alpha, alpha); 0: no MixUp.
+  config.augment.cutmix = True  # With both, each gets half of the batch.
+  # What is mixed in: "fresh" decodes a second image for each, as the paper did;
+  # "roll" takes the next one of the same device and decodes half as many.
+  config.augment.partners = "fresh"
+  config.augment.randaugment_layers = 4  # Operations per image; 0: none.
+  config.augment.randaugment_magnitude = placeholder(int)  # None: variant's.
+  # As the published networks were trained; False: what was meant.
+  config.augment.randaugment_quirks = True
 
   config.train = ConfigDict()
   config.train.epochs = 360.0  # May be fractional.

@@ -29,7 +29,11 @@ def get_config(model: str = "nfnet_tiny") -> ConfigDict:
   config.data.mean = (78.7, 78.7, 78.7)
   config.data.std = (89.2, 89.2, 89.2)
 
+  config.augment.flip = False  # A mirrored digit is none.
   config.augment.shift = 0.125  # 4 of 32 pixels.
+  config.augment.mixup_alpha = 0.0
+  config.augment.cutmix = False
+  config.augment.randaugment_layers = 0
 
   config.train.epochs = 20.0
   config.train.batch_size = 64

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfnets import checkpoint, devices, pretrained, recipe, steps
-from nfnets.data import batches, sources
+from nfnets.data import batches
+from nfnets.data.source import Split
 from nfnets.errors import InputError, UsageError
 
 
@@ -32,7 +33,7 @@ def over_split(
   eval_step: Any,
   params: Any,
   state: Any,
-  split: sources.Split,
+  split: Split,
   *,
   batch_size: int,
   mesh: Mesh,
@@ -96,7 +97,6 @@ def evaluate(
     config = recipe.load_config(workdir)
   r = recipe.resolve(config)
   mesh = devices.make_mesh(config.train.num_devices)
-  source = sources.load(config.data.source, image_size=r.card.image_size)
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
 
   def run(params, state):
@@ -104,7 +104,7 @@ def evaluate(
       eval_step,
       params,
       state,
-      source.test,
+      r.source.test,
       batch_size=config.eval.batch_size,
       mesh=mesh,
     )

@@ -12,18 +12,34 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from nfnets import models, optim, pretrained
+from nfnets.augment import Augment, make_augment
 from nfnets.data import sources
-from nfnets.errors import InputError, UsageError
+from nfnets.data.source import Sizes, Source
+from nfnets.errors import InputError, UsageError, unknown
 from nfnets.steps import Normalization
 
 _FILE = "config.json"
+
+# What a workdir is bound to, besides the model and the seed.
+_FIXED = tuple(
+  f"data.{key}"
+  for key in (
+    "source",
+    "train_size",
+    "test_size",
+    "eval_margin",
+    "mean",
+    "std",
+    "held_out_share",
+  )
+)
 
 
 class Recipe(NamedTuple):
   """A config with what follows from it."""
 
   config: ConfigDict
-  source: sources.Source
+  source: Source
   model: models.Model
   card: pretrained.Card
   train_size: int  # Pixels.
@@ -36,6 +52,29 @@ class Recipe(NamedTuple):
   @property
   def normalization(self) -> Normalization:
     return Normalization(self.card.mean, self.card.std)
+
+  @property
+  def needs_partners(self) -> bool:
+    """Whether a second image is read for each."""
+    a = self.config.augment
+    is_mixed = bool(a.mixup_alpha) or a.cutmix
+    return is_mixed and a.partners == "fresh"
+
+  def make_augment(self) -> Augment:
+    """What happens to the images inside the step."""
+    a = self.config.augment
+    magnitude = a.randaugment_magnitude
+    if magnitude is None:
+      magnitude = self.model.variant.randaugment_magnitude
+    return make_augment(
+      flip=a.flip,
+      shift=a.shift,
+      mixup_alpha=a.mixup_alpha,
+      cutmix=a.cutmix,
+      randaugment_layers=a.randaugment_layers,
+      randaugment_magnitude=magnitude,
+      randaugment_quirks=a.randaugment_quirks,
+    )
 
   def make_optimizer(self):
     """The optimiser, with the schedule of this run."""
@@ -59,6 +98,9 @@ class Recipe(NamedTuple):
     )
 
 
+PARTNERS = ("fresh", "roll")
+
+
 def resolve(config: ConfigDict) -> Recipe:
   """Works out a config.
 
@@ -74,7 +116,16 @@ def resolve(config: ConfigDict) -> Recipe:
   except InputError as error:
     raise UsageError(f"config.model: {error}") from None
   train_size = config.data.train_size or row.train_size
-  source = sources.load(config.data.source, image_size=train_size)
+  test_size = config.data.test_size or row.test_size
+  d = config.data
+  source = sources.load(
+    d.source,
+    sizes=Sizes(train_size, test_size, d.eval_margin),
+    directory=d.dir,
+    held_out_share=d.held_out_share,
+    max_broken=d.max_broken,
+    num_threads=d.num_threads,
+  )
   num_classes = len(source.class_names)
 
   c = config.train
@@ -94,7 +145,7 @@ def resolve(config: ConfigDict) -> Recipe:
       model=name,
       overrides=overrides,
       class_names=source.class_names,
-      image_size=config.data.test_size or row.test_size,
+      image_size=test_size,
       margin=config.data.eval_margin,
       mean=config.data.mean,
       std=config.data.std,
@@ -128,9 +179,13 @@ def _check_ranges(config: ConfigDict) -> None:
     "optim.weight_decay",
     "optim.agc_clipping",
     "optim.agc_eps",
+    "augment.mixup_alpha",
+    "augment.randaugment_layers",
+    "data.max_broken",
   )
   below_one = (
     "augment.shift",
+    "data.held_out_share",
     "train.label_smoothing",
     "optim.momentum",
     "optim.ema_decay",
@@ -144,6 +199,8 @@ def _check_ranges(config: ConfigDict) -> None:
     for key in keys:
       if not is_good(flat[key]):
         raise UsageError(f"config.{key}={flat[key]}: must be {what}")
+  if config.augment.partners not in PARTNERS:
+    raise unknown("augment.partners", config.augment.partners, PARTNERS)
 
 
 def save(recipe: Recipe, workdir: Path) -> list[str]:
@@ -169,7 +226,7 @@ def save(recipe: Recipe, workdir: Path) -> list[str]:
     if fixed := [
       change
       for key, change in changed.items()
-      if key.startswith(("model.", "data.")) or key == "seed"
+      if key.startswith("model.") or key == "seed" or key in _FIXED
     ]:
       raise InputError(
         f"{workdir} holds another run ({', '.join(fixed)}): choose another "

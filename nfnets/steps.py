@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from nfnets import agc, devices, losses, optim
+from nfnets.augment import Augment, Augmented, make_augment
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
 from nfnets.models import Model
@@ -89,7 +90,7 @@ def make_train_step(
   label_smoothing: float,
   ema_decay: float,
   seed: int,
-  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  augment: Augment | None = None,
   precision: str = "float32",
   accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -101,7 +102,7 @@ def make_train_step(
     label_smoothing: Share of the target spread over all classes.
     ema_decay: Of the averaged weights, after its warm-up.
     seed: Of dropout, stochastic depth and augmentation; drawn anew each step.
-    augment: `(key, images uint8 [N, H, W, 3]) -> images`, before normalisation.
+    augment: From `augment.make_augment`; None: images and labels as they are.
     precision: Of activations: `float32` or `bfloat16`.
     accumulate: Micro-batches per step; gradients are averaged over them first,
       so clipping happens once, on the mean.
@@ -111,24 +112,24 @@ def make_train_step(
     and for AGC `clipped/<part>`, `max_ratio/<part>`.
   """
   dtype = compute_dtype(precision)
+  augment = augment or make_augment()
 
-  def loss_fn(params, state, batch: Batch, key):
-    augment_key, model_key = jax.random.split(key)
-    images = batch.images
-    if augment is not None:
-      images = augment(augment_key, images)
-    images = normalization(images, dtype)
-    outputs, state = model.apply(
-      params, state, model_key, images, is_training=True
-    )
+  def loss_fn(params, state, batch: Augmented, key):
+    images = normalization(batch.images, dtype)
+    outputs, state = model.apply(params, state, key, images, is_training=True)
     logits = outputs["logits"]  # [N, K]
-    targets = jax.nn.one_hot(batch.labels, model.num_classes)
+    own, partner = (
+      jax.nn.one_hot(labels, model.num_classes)
+      for labels in (batch.labels, batch.partner_labels)
+    )
+    share = batch.share[:, None]
+    targets = share * own + (1 - share) * partner
     targets = losses.smooth(targets, label_smoothing)
     loss = jnp.mean(losses.cross_entropy(logits, targets))
     accuracy = jnp.mean(losses.is_in_top(logits, batch.labels, 1))
     return loss, (state, {"loss": loss, "accuracy": accuracy})
 
-  def mean_gradient(train_state: TrainState, batch: Batch, key):
+  def mean_gradient(train_state: TrainState, batch: Augmented, key):
     """This device's gradient: the mean over its micro-batches."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -160,8 +161,12 @@ def make_train_step(
 
   def train_step(train_state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), train_state.step)
-    key = jax.random.fold_in(key, jax.lax.axis_index(devices.AXIS))
-    results = mean_gradient(train_state, batch, key)
+    augment_key, model_key = jax.random.split(key)
+    device, num = jax.lax.axis_index(devices.AXIS), len(batch.labels)
+    augmented = augment(augment_key, device * num + jnp.arange(num), batch)
+
+    model_key = jax.random.fold_in(model_key, device)
+    results = mean_gradient(train_state, augmented, model_key)
     grads, (state, metrics) = jax.lax.pmean(results, devices.AXIS)
 
     updates, opt_state = optimizer.update(

@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from nfnets import (
-  augment,
   checkpoint,
   devices,
   evaluate,
@@ -29,7 +28,7 @@ from nfnets import (
   recipe,
   steps,
 )
-from nfnets.data import batches, sources
+from nfnets.data import batches
 from nfnets.errors import InputError
 
 # Steps given to the devices before the oldest must have finished: enough to
@@ -65,12 +64,11 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
     label_smoothing=config.train.label_smoothing,
     ema_decay=config.optim.ema_decay,
     seed=config.seed,
-    augment=augment.make_shift(config.augment.shift),
+    augment=r.make_augment(),
     precision=config.train.precision,
     accumulate=config.train.accumulate,
   )
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
-  test = sources.load(config.data.source, image_size=r.card.image_size).test
   init = functools.partial(
     steps.init_state,
     r.model,
@@ -108,13 +106,18 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
     for change in changes:
       bar.say(f"changed since the last start: {change}")
 
-    data = batches.TrainBatches(
-      r.source.train,
-      batch_size=batch_size,
-      seed=config.seed,
-      position=position,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+    data = stack.enter_context(
+      batches.ReadAhead(
+        batches.TrainBatches(
+          r.source.train,
+          batch_size=batch_size,
+          seed=config.seed,
+          position=position,
+          host=jax.process_index(),
+          num_hosts=jax.process_count(),
+          with_partners=r.needs_partners,
+        )
+      )
     )
     in_flight = _InFlight(r, checkpoints, bar, log)
     result = None
@@ -135,7 +138,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       if is_eval_due or is_save_due:
         in_flight.land_all()  # Nothing that diverged is saved.
       if is_eval_due:
-        result = _evaluate(r, eval_step, state, test, mesh, bar, log)
+        result = _evaluate(r, eval_step, state, mesh, bar, log)
         bar.restart_clock()
       if is_save_due:
         checkpoints.save(state, position=data.position)
@@ -147,7 +150,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
         )
 
     if result is None:  # The run was complete already, its record too.
-      result = _evaluate(r, eval_step, state, test, mesh, bar, log=None)
+      result = _evaluate(r, eval_step, state, mesh, bar, log=None)
     checkpoints.wait()
     if is_first_host:
       ema_params = jax.device_get(state.ema_params)
@@ -203,18 +206,17 @@ def _evaluate(
   r: recipe.Recipe,
   eval_step: Any,
   state: steps.TrainState,
-  split: sources.Split,
   mesh: Any,
   bar: progress.TrainProgress,
   log: metrics.Log | None,
 ) -> evaluate.Result:
-  """Raw and averaged weights on a split; returns the latter's result."""
+  """Raw and averaged weights on the test split; returns the latter's result."""
   raw, ema = (
     evaluate.over_split(
       eval_step,
       params,
       net_state,
-      split,
+      r.source.test,
       batch_size=r.config.eval.batch_size,
       mesh=mesh,
     )

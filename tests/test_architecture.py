@@ -14,14 +14,15 @@ ROOT = pathlib.Path(nfnets.__file__).parent
 # From the ground up; a package counts as one entry.
 FLOORS = (
   ("errors",),
-  ("agc", "augment", "devices", "layers", "losses"),
-  ("data", "models", "optim"),
+  ("agc", "devices", "layers", "losses", "mixing", "randaugment"),
+  ("augment", "data", "models", "optim"),
   ("checkpoint", "metrics", "plots", "pretrained", "progress", "steps"),
   ("evaluate", "info", "predict", "recipe", "train"),
   ("main",),
 )
 # Within a floor: who may import a neighbour (no cycles: left to right only).
 NEIGHBOURS = {
+  "augment": {"data"},
   "checkpoint": {"steps"},
   "plots": {"metrics"},
   "evaluate": {"recipe"},

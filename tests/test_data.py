@@ -5,20 +5,23 @@ import pytest
 from conftest import REFERENCE
 from PIL import Image
 
-from nfnets.data import batches, digits, images, sources
+from nfnets.data import batches, crops, digits, folder, images, sources
+from nfnets.data.source import Examples, Sizes, Split
 from nfnets.errors import InputError
 
+SIZES = Sizes(train=24, test=32, test_margin=8)
 
-def _numbered(num_examples):
-  """A split whose images are their own indices."""
 
-  def read(indices):
-    pixels = np.broadcast_to(
-      indices[:, None, None, None], (len(indices), 2, 2, 3)
-    )
-    return pixels, indices.astype(np.int32)
+def _numbered(num_examples, bad=()):
+  """A split whose images are their own indices; some cannot be read."""
 
-  return sources.Split(num_examples, read)
+  def read(indices, seeds):
+    del seeds
+    pixels = np.tile(indices[:, None, None, None], (1, 2, 2, 3))
+    is_good = ~np.isin(indices, bad)
+    return Examples(pixels, indices.astype(np.int32), is_good)
+
+  return Split(num_examples, read)
 
 
 def _take(iterator, num):
@@ -97,13 +100,19 @@ def test_digits_hold_out_a_fifth():
 
 def test_unknown_source():
   with pytest.raises(InputError, match=r"unknown data source 'digit': did you"):
-    sources.load("digit", image_size=32)
+    sources.load("digit", sizes=SIZES)
+  with pytest.raises(
+    InputError, match=r"source=folder needs --config.data.dir"
+  ):
+    sources.load("folder", sizes=SIZES)
 
 
 def test_evaluation_preprocessing_is_the_published_one():
   expected = np.load(REFERENCE / "eval_preprocess.npz")
   ours = images.resize_crop(expected["decoded"], 96, 32)
   np.testing.assert_allclose(ours, expected["resize_crop"], atol=1e-3)
+  ours = images.padded_centre_crop(expected["decoded"], 96)
+  np.testing.assert_allclose(ours, expected["padded_center_crop"], atol=1e-3)
 
 
 def test_resize_to_the_same_size_is_the_identity():
@@ -176,3 +185,174 @@ def test_finding_images(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(InputError, match=r"empty holds no image files"):
     images.find([tmp_path / "empty"])
+
+
+def test_partners_come_from_another_order():
+  make = lambda position: batches.TrainBatches(
+    _numbered(10), batch_size=5, seed=0, position=position, with_partners=True
+  )
+  taken = [batch for _, batch in zip(range(4), make(0), strict=False)]
+  for labels in ("labels", "partner_labels"):
+    seen = np.concatenate([getattr(batch, labels) for batch in taken]).tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+  assert (taken[0].labels != taken[0].partner_labels).any()
+  assert (taken[0].partner_images[:, 0, 0, 0] == taken[0].partner_labels).all()
+  again = next(make(10))
+  np.testing.assert_array_equal(again.partner_labels, taken[2].partner_labels)
+
+
+def test_examples_that_cannot_be_read_are_replaced_in_training():
+  stream = batches.TrainBatches(_numbered(6, bad=(2, 3)), batch_size=6, seed=0)
+  labels = next(stream).labels.tolist()
+  assert len(labels) == 6
+  assert set(labels) == {0, 1, 4, 5}
+  none = batches.TrainBatches(_numbered(2, bad=(0, 1)), batch_size=2, seed=0)
+  with pytest.raises(InputError, match=r"none of the 2 images of a batch"):
+    next(none)
+
+
+def test_examples_that_cannot_be_read_are_masked_in_evaluation():
+  found = list(batches.eval_batches(_numbered(6, bad=(2,)), batch_size=4))
+  labels = np.concatenate([batch.labels[batch.mask > 0] for batch in found])
+  assert labels.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_reading_ahead_changes_neither_order_nor_position():
+  make = lambda: batches.TrainBatches(_numbered(10), batch_size=4, seed=0)
+  plain = make()
+  with batches.ReadAhead(make()) as ahead:
+    for _ in range(7):
+      np.testing.assert_array_equal(next(ahead).labels, next(plain).labels)
+      assert ahead.position == plain.position
+
+
+def test_reading_ahead_raises_what_its_thread_raised():
+  none = batches.TrainBatches(_numbered(2, bad=(0, 1)), batch_size=2, seed=0)
+  with (
+    batches.ReadAhead(none) as ahead,
+    pytest.raises(InputError, match=r"none of the 2 images"),
+  ):
+    next(ahead)
+
+
+@pytest.mark.parametrize(
+  ("height", "width"), [(375, 500), (500, 333), (64, 64)]
+)
+def test_random_windows_match_their_definition(height, width):
+  rng = np.random.default_rng(0)
+  windows = np.array(
+    [crops.random_window(height, width, rng, size=48) for _ in range(3000)]
+  )
+  top, left, h, w = windows.T
+  assert (top >= 0).all()
+  assert (left >= 0).all()
+  assert (top + h <= height).all()
+  assert (left + w <= width).all()
+  areas = h * w / (height * width)
+  assert areas.min() >= 0.1
+  assert areas.min() < 0.13
+  assert areas.max() > 0.8
+  aspects = w / h
+  # Rounding to whole pixels moves small crops a little.
+  assert aspects.min() > 3 / 4 - 0.03
+  assert aspects.max() < 4 / 3 + 0.06
+  # Places are uniform over what is free.
+  free = height - h
+  share = top[free > 10] / (free[free > 10] - 1)
+  np.testing.assert_allclose(share.mean(), 0.5, atol=0.03)
+
+
+def test_window_of_a_very_long_image_is_the_padded_centre():
+  rng = np.random.default_rng(0)
+  window = crops.random_window(10, 4000, rng, size=192)
+  assert window == crops.padded_centre_window(10, 4000, size=192)
+  assert window == (1, 1996, 8, 8)
+
+
+def _make_folder(root, classes, num, suffix="jpg", seed=0):
+  rng = np.random.default_rng(seed)
+  for name in classes:
+    (root / name).mkdir(parents=True)
+    for i in range(num):
+      pixels = rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)
+      Image.fromarray(pixels).save(root / name / f"{i}.{suffix}")
+
+
+def test_folder_with_a_test_folder(tmp_path):
+  _make_folder(tmp_path / "train", ("bee", "ant"), 5)
+  _make_folder(tmp_path / "val", ("ant",), 2)
+  source = sources.load("folder", sizes=SIZES, directory=str(tmp_path))
+  assert source.class_names == ("ant", "bee")
+  assert source.train.num_examples == 10
+  assert source.test.num_examples == 2
+  seeds = np.arange(20).reshape(10, 2)
+  read = source.train.read(np.arange(10), seeds)
+  assert read.images.shape == (10, 24, 24, 3)
+  assert read.images.dtype == np.uint8
+  assert read.labels.tolist() == [0] * 5 + [1] * 5
+  assert read.is_good.all()
+  again = source.train.read(np.arange(10)[::-1], seeds[::-1])
+  np.testing.assert_array_equal(again.images[::-1], read.images)
+  other = source.train.read(np.arange(10), seeds + 1)
+  assert (other.images != read.images).any()
+
+  test = source.test.read(np.arange(2), None)
+  path = tmp_path / "val" / "ant" / "0.jpg"
+  expected = images.resize_crop(images.read(path), 32, 8)
+  np.testing.assert_array_equal(test.images[0], expected)
+
+
+def test_folder_without_a_test_folder_holds_out_a_seeded_share(tmp_path):
+  _make_folder(tmp_path, ("a", "b", "c"), 10, "png")
+  listing = folder.scan(tmp_path, held_out_share=0.2, seed=0)
+  assert len(listing.test) == 6
+  assert sorted(label for _, label in listing.test) == [0, 0, 1, 1, 2, 2]
+  everything = {path for path, _ in listing.train + listing.test}
+  assert len(everything) == 30
+  assert listing == folder.scan(tmp_path, held_out_share=0.2, seed=0)
+  assert listing != folder.scan(tmp_path, held_out_share=0.2, seed=1)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+  scan = lambda root: folder.scan(root, held_out_share=0.2, seed=0)
+  with pytest.raises(InputError, match=r"absent is no folder: give the one"):
+    scan(tmp_path / "absent")
+  with pytest.raises(
+    InputError, match=r"has 0 class folders \(none\): at least"
+  ):
+    scan(tmp_path)
+  _make_folder(tmp_path / "train", ("a",), 2)
+  with pytest.raises(
+    InputError, match=r"has 1 class folder \(a\): at least two"
+  ):
+    scan(tmp_path)
+  (tmp_path / "train" / "b").mkdir()
+  with pytest.raises(InputError, match=r"b holds no image files"):
+    scan(tmp_path)
+  _make_folder(tmp_path / "train", ("c",), 2)
+  (tmp_path / "train" / "b").rmdir()
+  _make_folder(tmp_path / "test", ("d",), 1)
+  with pytest.raises(InputError, match=r"test has classes that .* has not: d"):
+    scan(tmp_path)
+
+
+def test_broken_files_are_named_once_and_skipped_up_to_a_limit(tmp_path):
+  _make_folder(tmp_path / "train", ("a", "b"), 4)
+  for name in ("a/0.jpg", "b/1.jpg"):
+    (tmp_path / "train" / name).write_bytes(b"\xff\xd8\xff garbage")
+  load = lambda limit: sources.load(
+    "folder", sizes=SIZES, directory=str(tmp_path), max_broken=limit
+  )
+  split = load(2).train
+  seeds = np.zeros((split.num_examples, 2), np.uint64)
+  with pytest.warns(UserWarning, match=r"skipped: .*jpg") as warned:
+    for _ in range(2):
+      read = split.read(np.arange(split.num_examples), seeds)
+  assert len(warned) == 2
+  assert (~read.is_good).sum() == 2
+  split = load(1).train
+  with (
+    pytest.warns(UserWarning, match="skipped"),
+    pytest.raises(InputError, match=r"2 images could not be .*max_broken=1"),
+  ):
+    split.read(np.arange(split.num_examples), seeds)

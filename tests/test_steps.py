@@ -14,6 +14,7 @@ from nfnets.data.batch import Batch
 from nfnets.errors import InputError
 
 SMALL_MODEL = models.make("nfnet_tiny", 10, **SMALL)
+SHIFT = augment.make_augment(shift=0.125)
 IDENTITY = steps.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -154,7 +155,7 @@ def test_bfloat16_step_keeps_float32_state_and_learns_about_the_same():
 def test_randomness_depends_on_seed_and_step_alone():
   model = models.make("nfnet_tiny", 10, **SMALL, drop_rate=0.3)
   batches = _batches(0, 1, 8) * 2  # The same examples in both steps.
-  options = {"augment": augment.make_shift(0.125), "schedule": 0.0}
+  options = {"augment": SHIFT, "schedule": 0.0}
   first = _run(model, 2, batches, **options)[1]
   again = _run(model, 2, batches, **options)[1]
   other = _run(model, 2, batches, seed=1, **options)[1]
@@ -202,3 +203,27 @@ def test_evaluation_ignores_padding(num_devices):
 def test_unknown_precision_is_an_error():
   with pytest.raises(InputError, match="use one of float32, bfloat16"):
     steps.compute_dtype("float61")
+
+
+def test_mixed_labels_sum_to_one_and_follow_the_shares():
+  """A step on a batch mixed by hand has the loss of its mixed targets."""
+  fixed = np.array([0.0, 0.25, 0.5, 1.0] * 2, np.float32)
+
+  def mix(key, places, batch):
+    del key
+    partner = (batch.labels + 1) % 10
+    share = jnp.asarray(fixed)[places]
+    return augment.Augmented(batch.images, batch.labels, partner, share)
+
+  model = SMALL_MODEL
+  (batch,) = _batches(0, 1, 8)
+  _, metrics = _run(model, 2, [batch], augment=mix)
+  params = draw_params(param_shapes(model))
+  logits = jax.jit(model.apply)(params, {}, None, batch.images)[0]["logits"]
+  targets = np.zeros((8, 10))
+  targets[np.arange(8), batch.labels] += fixed
+  targets[np.arange(8), (batch.labels + 1) % 10] += 1 - fixed
+  targets = 0.9 * targets + 0.1 / 10
+  np.testing.assert_allclose(targets.sum(-1), 1)
+  expected = -np.mean(np.sum(targets * jax.nn.log_softmax(logits), -1))
+  np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=1e-5)

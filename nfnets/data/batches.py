@@ -1,27 +1,40 @@
-"""From a split to batches: order, sharding by host, padding.
+"""From a split to batches: order, sharding by host, padding, reading ahead.
 
-The training order is a function of (seed, epoch) alone, so a position is one
-number and a resumed run sees exactly the examples that were left.
+The training order and every random crop are functions of (seed, place in the
+stream) alone, so a position is one number and a resumed run sees exactly the
+examples that were left, cropped as they would have been.
 """
 
+import queue
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from nfnets.data.batch import Batch
-from nfnets.data.sources import Split
+from nfnets.data.source import Examples, Split
+from nfnets.errors import InputError
+
+# Streams of examples: those that are trained on, those they are mixed with.
+_MAIN, _PARTNERS = 0, 1
 
 
-def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(
+  num_examples: int, *, seed: int, epoch: int, stream: int = _MAIN
+) -> np.ndarray:
   """The permutation of all examples that epoch `epoch` goes through."""
-  return np.random.default_rng((seed, epoch)).permutation(num_examples)
+  key = (seed, epoch, stream) if stream else (seed, epoch)
+  return np.random.default_rng(key).permutation(num_examples)
 
 
 class TrainBatches:
   """Endless training batches; epochs follow each other without a gap.
 
   Each global batch is the next `batch_size` examples of the stream of epochs;
-  this host gets its slice of it.
+  this host gets its slice of it. Partners come from a stream of their own in
+  another order, so that the first one still goes through every example once an
+  epoch.
 
   Attributes:
     position: Examples given out so far, over all hosts. Pass it back to go on.
@@ -36,33 +49,58 @@ class TrainBatches:
     position: int = 0,
     host: int = 0,
     num_hosts: int = 1,
+    with_partners: bool = False,
   ):
     self._split = split
     self._batch_size = batch_size
     self._seed = seed
     share = batch_size // num_hosts
     self._mine = slice(host * share, (host + 1) * share)
-    self._order: tuple[int, np.ndarray] | None = None
+    self._streams = (_MAIN, _PARTNERS) if with_partners else (_MAIN,)
+    self._orders: dict[int, tuple[int, np.ndarray]] = {}
     self.position = position
 
   def __iter__(self) -> "TrainBatches":
     return self
 
   def __next__(self) -> Batch:
-    stream = np.arange(self.position, self.position + self._batch_size)
-    indices = [self._index(int(at)) for at in stream[self._mine]]
-    images, labels = self._split.read(np.array(indices))
+    places = np.arange(self.position, self.position + self._batch_size)
+    places = places[self._mine]
+    indices = [self._index(int(at), s) for s in self._streams for at in places]
+    seeds = [(self._seed, s, at) for s in self._streams for at in places]
+    read = self._split.read(np.array(indices), np.array(seeds, np.uint64))
+    images, labels = _without_bad(read)
     self.position += self._batch_size
-    return Batch(images, labels, np.ones(len(labels), np.float32))
-
-  def _index(self, at: int) -> int:
-    epoch, place = divmod(at, self._split.num_examples)
-    if self._order is None or self._order[0] != epoch:
-      order = epoch_order(
-        self._split.num_examples, seed=self._seed, epoch=epoch
+    num = len(places)
+    batch = Batch(images[:num], labels[:num], np.ones(num, np.float32))
+    if len(self._streams) > 1:
+      batch = batch._replace(
+        partner_images=images[num:], partner_labels=labels[num:]
       )
-      self._order = (epoch, order)
-    return self._order[1][place]
+    return batch
+
+  def _index(self, at: int, stream: int) -> int:
+    epoch, place = divmod(at, self._split.num_examples)
+    if stream not in self._orders or self._orders[stream][0] != epoch:
+      order = epoch_order(
+        self._split.num_examples, seed=self._seed, epoch=epoch, stream=stream
+      )
+      self._orders[stream] = (epoch, order)
+    return self._orders[stream][1][place]
+
+
+def _without_bad(read: Examples) -> tuple[np.ndarray, np.ndarray]:
+  """Images and labels, unreadable ones replaced by the good ones in turn."""
+  good = np.flatnonzero(read.is_good)
+  if len(good) == 0:
+    raise InputError(
+      f"none of the {len(read.labels)} images of a batch could be read: mend "
+      "the data set"
+    )
+  bad = np.flatnonzero(~read.is_good)
+  chosen = good[np.arange(len(bad)) % len(good)]
+  read.images[bad], read.labels[bad] = read.images[chosen], read.labels[chosen]
+  return read.images, read.labels
 
 
 def eval_batches(
@@ -71,10 +109,59 @@ def eval_batches(
   """Every example once, in order; the last batch is padded and masked.
 
   All hosts give the same number of batches, each its slice of the global one.
+  Images that cannot be read are masked too.
   """
   share = batch_size // num_hosts
   for start in range(0, split.num_examples, batch_size):
     mine = np.arange(share) + start + host * share
-    mask = mine < split.num_examples
-    images, labels = split.read(np.minimum(mine, split.num_examples - 1))
-    yield Batch(images, labels, mask.astype(np.float32))
+    inside = mine < split.num_examples
+    read = split.read(np.minimum(mine, split.num_examples - 1), None)
+    mask = (inside & read.is_good).astype(np.float32)
+    yield Batch(read.images, read.labels, mask)
+
+
+class ReadAhead:
+  """Prepares batches in a thread while the devices work; a context manager.
+
+  Errors of the thread are raised by the next `next`.
+
+  Attributes:
+    position: Of the batches that were taken, not of those read ahead.
+  """
+
+  def __init__(self, batches: TrainBatches, *, depth: int = 2):
+    self.position = batches.position
+    self._batches = batches
+    self._queue: queue.Queue[Any] = queue.Queue(depth)
+    self._is_closed = threading.Event()
+    self._thread = threading.Thread(target=self._fill, daemon=True)
+
+  def __enter__(self) -> "ReadAhead":
+    self._thread.start()
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._is_closed.set()
+    self._thread.join()
+
+  def __next__(self) -> Batch:
+    item = self._queue.get()
+    if isinstance(item, Exception):
+      raise item
+    batch, self.position = item
+    return batch
+
+  def _fill(self) -> None:
+    while not self._is_closed.is_set():
+      try:
+        item = (next(self._batches), self._batches.position)
+      except Exception as error:
+        item = error
+      while not self._is_closed.is_set():
+        try:
+          self._queue.put(item, timeout=0.1)
+          break
+        except queue.Full:
+          continue
+      if isinstance(item, Exception):
+        return

@@ -1,52 +1,108 @@
-"""Data sets by name: what there is to read, before any batching."""
+"""Data sets by name: the one table, and what each is made from."""
 
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 
-from nfnets.data import digits
-from nfnets.errors import unknown
+from nfnets.data import digits, encoded, folder
+from nfnets.data.source import Examples, Sizes, Source, Split
+from nfnets.errors import UsageError, unknown
 
 
-class Split(NamedTuple):
-  """Examples with random access.
+def load(
+  name: str,
+  *,
+  sizes: Sizes,
+  directory: str | None = None,
+  held_out_share: float = 0.2,
+  max_broken: int = 100,
+  num_threads: int | None = None,
+) -> Source:
+  """Opens a data set.
 
-  Attributes:
-    num_examples: How many there are.
-    read: Indices [n] -> images uint8 [n, size, size, 3], labels int32 [n].
-  """
-
-  num_examples: int
-  read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-class Source(NamedTuple):
-  """A data set: its splits and the names of its classes."""
-
-  class_names: tuple[str, ...]
-  train: Split
-  test: Split
-
-
-def _digits(image_size: int) -> Source:
-  train, test = digits.load(image_size)
-  return Source(digits.CLASS_NAMES, _in_memory(*train), _in_memory(*test))
-
-
-def _in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
-  return Split(len(labels), lambda indices: (images[indices], labels[indices]))
-
-
-SOURCES: dict[str, Callable[[int], Source]] = {"digits": _digits}
-
-
-def load(name: str, *, image_size: int) -> Source:
-  """Opens a data set by name, giving images of image_size x image_size pixels.
+  Args:
+    name: A key of `SOURCES`.
+    sizes: Of the images to give.
+    directory: Where it is, for those that are not part of a package.
+    held_out_share: For testing, where a data set does not say.
+    max_broken: Files that may be unreadable before it is an error.
+    num_threads: That decode; None: one per core.
 
   Raises:
     UsageError: for an unknown name.
+    InputError: for a data set that is not there or cannot be used.
   """
   if name not in SOURCES:
     raise unknown("data source", name, SOURCES)
-  return SOURCES[name](image_size)
+  pool = None
+  if name in _ENCODED:
+    if directory is None:
+      raise UsageError(f"config.data.source={name} needs --config.data.dir")
+    pool = encoded.make_pool(num_threads or os.cpu_count() or 1)
+  return SOURCES[name](
+    sizes=sizes,
+    directory=Path(directory) if directory else None,
+    held_out_share=held_out_share,
+    broken=encoded.Broken(max_broken),
+    pool=pool,
+  )
+
+
+def _digits(*, sizes: Sizes, **unused) -> Source:
+  del unused
+  train, _ = digits.load(sizes.train)
+  _, test = digits.load(sizes.test)
+  return Source(digits.CLASS_NAMES, _in_memory(*train), _in_memory(*test))
+
+
+def _synthetic(*, sizes: Sizes, **unused) -> Source:
+  """Noise with ImageNet's classes, to time everything but the reading."""
+  del unused
+
+  def split(num_examples: int, size: int) -> Split:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (64, size, size, 3)).astype(np.uint8)
+    read = lambda indices, _: Examples(
+      noise[indices % 64],
+      (indices % 1000).astype(np.int32),
+      np.ones(len(indices), bool),
+    )
+    return Split(num_examples, read)
+
+  names = tuple(f"class {i}" for i in range(1000))
+  return Source(names, split(1_281_167, sizes.train), split(50_000, sizes.test))
+
+
+def _folder(*, sizes, directory, held_out_share, broken, pool) -> Source:
+  listing = folder.scan(directory, held_out_share=held_out_share, seed=0)
+
+  def split(files: list[tuple[Path, int]]) -> Split:
+    def fetch(index: int) -> tuple[bytes, int, str]:
+      path, label = files[index]
+      return path.read_bytes(), label, str(path)
+
+    return encoded.make_split(
+      len(files), fetch, sizes=sizes, pool=pool, broken=broken
+    )
+
+  return Source(listing.class_names, split(listing.train), split(listing.test))
+
+
+def _in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
+  def read(indices: np.ndarray, seeds: np.ndarray | None) -> Examples:
+    del seeds  # Whole images, as they are.
+    good = np.ones(len(indices), bool)
+    return Examples(images[indices], labels[indices], good)
+
+  return Split(len(labels), read)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+  "digits": _digits,
+  "folder": _folder,
+  "synthetic": _synthetic,
+}
+
+_ENCODED = ("folder",)

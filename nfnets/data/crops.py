@@ -1,0 +1,63 @@
+"""Where to crop: the windows of the published training and evaluation.
+
+A window is (top, left, height, width) in pixels of the decoded image.
+"""
+
+import math
+
+import numpy as np
+
+Window = tuple[int, int, int, int]
+
+# Of the released pipeline (TensorFlow's `sample_distorted_bounding_box`).
+_ATTEMPTS = 10
+_AREA = (0.08, 1.0)  # Share of the image.
+_ASPECT = (3 / 4, 4 / 3)  # Width / height.
+# At least this share must be covered too, so areas of 8 to 10 % are redrawn.
+_MIN_COVERED = 0.1
+
+
+def random_window(
+  height: int, width: int, rng: np.random.Generator, *, size: int
+) -> Window:
+  """A training crop: random aspect, then height, then place, all uniform.
+
+  Falls back to the evaluation's padded centre crop for `size` when ten draws
+  give nothing (a very long image).
+  """
+  for _ in range(_ATTEMPTS):
+    aspect = rng.uniform(*_ASPECT)
+    window = _draw(height, width, aspect, rng)
+    if window is not None and window[2:] != (height, width):
+      return window
+  return padded_centre_window(height, width, size=size)
+
+
+def _draw(
+  height: int, width: int, aspect: float, rng: np.random.Generator
+) -> Window | None:
+  """One attempt: a height uniform between those of the smallest and largest."""
+  low, high = (
+    round(math.sqrt(share * height * width / aspect)) for share in _AREA
+  )
+  # The largest height whose width still fits.
+  high = min(high, height, int((width + 0.5) / aspect))
+  if round(high * aspect) > width:
+    high -= 1
+  low = min(low, high)
+  if low < 1:
+    return None
+  h = int(rng.integers(low, high + 1))
+  w = round(h * aspect)
+  if not _MIN_COVERED * height * width <= h * w or w < 1:
+    return None
+  top = int(rng.integers(0, height - h)) if h < height else 0
+  left = int(rng.integers(0, width - w)) if w < width else 0
+  return top, left, h, w
+
+
+def padded_centre_window(height: int, width: int, *, size: int) -> Window:
+  """The middle square of side `size / (size + 32)` of the shorter side."""
+  scale = min(height, width) / (size + 32)
+  side = max(1, int(scale * size))
+  return (height - side + 1) // 2, (width - side + 1) // 2, side, side

@@ -1,0 +1,118 @@
+"""Splits of encoded images: decode, crop and resize whole batches in threads.
+
+The decoders leave Python's lock, so threads of one process use all cores.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from nfnets.data import crops, images
+from nfnets.data.source import Examples, Sizes, Split
+from nfnets.errors import InputError
+
+
+class Broken:
+  """Counts files that cannot be read: each is named once, up to a limit."""
+
+  def __init__(self, limit: int):
+    self._limit = limit
+    self._names: set[str] = set()
+    self._lock = threading.Lock()
+
+  def add(self, name: str, error: InputError) -> None:
+    """Names a file.
+
+    Raises:
+      InputError: when there are more than the limit.
+    """
+    with self._lock:
+      if name in self._names:
+        return
+      self._names.add(name)
+      if len(self._names) > self._limit:
+        raise InputError(
+          f"{len(self._names)} images could not be read, the last one because "
+          f"{error}; more than config.data.max_broken={self._limit}, so "
+          "something is wrong with the data set: mend it or raise that"
+        )
+    warnings.warn(f"skipped: {error}", stacklevel=1)
+
+
+def make_split(
+  num_examples: int,
+  fetch: Callable[[int], tuple[bytes, int, str]],
+  *,
+  sizes: Sizes,
+  pool: ThreadPoolExecutor,
+  broken: Broken,
+) -> Split:
+  """A split over encoded images.
+
+  Args:
+    num_examples: How many there are.
+    fetch: Index -> (bytes, label, name for errors); called from threads.
+    sizes: Of the images to give.
+    pool: Threads that decode; a batch is divided among them.
+    broken: Where files are counted that cannot be read.
+  """
+
+  def read(indices: np.ndarray, seeds: np.ndarray | None) -> Examples:
+    num = len(indices)
+    size = sizes.test if seeds is None else sizes.train
+    # Training rounds to grey levels; evaluation keeps what was published.
+    dtype = np.float32 if seeds is None else np.uint8
+    out = np.empty((num, size, size, 3), dtype)
+    labels = np.zeros(num, np.int32)
+    is_good = np.zeros(num, bool)
+
+    def fill(places: range) -> None:
+      for at in places:
+        data, labels[at], name = fetch(int(indices[at]))
+        try:
+          image = images.decode(data, name)
+        except InputError as error:
+          broken.add(name, error)
+          out[at] = 0
+          continue
+        if seeds is None:
+          out[at] = images.resize_crop(image, size, sizes.test_margin)
+        else:
+          _random_crop(image, seeds[at], out[at])
+        is_good[at] = True
+
+    # A few parts per thread even out images of different sizes.
+    step = max(1, num // (4 * pool._max_workers))
+    parts = [range(i, min(i + step, num)) for i in range(0, num, step)]
+    list(pool.map(fill, parts))  # The list raises what a thread raised.
+    return Examples(out, labels, is_good)
+
+  return Split(num_examples, read)
+
+
+def _random_crop(image: np.ndarray, seed: np.ndarray, out: np.ndarray) -> None:
+  """Writes a random crop of [H, W, 3] into uint8 [size, size, 3].
+
+  Bicubic by OpenCV, whose kernel (a = -0.75) is a little sharper than the
+  published one: it is what decodes fast enough to train.
+  """
+  import cv2
+
+  rng = np.random.default_rng(seed)
+  size = out.shape[0]
+  top, left, height, width = crops.random_window(
+    *image.shape[:2], rng, size=size
+  )
+  part = image[top : top + height, left : left + width]
+  cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
+
+
+def make_pool(num_threads: int) -> ThreadPoolExecutor:
+  """Threads for `make_split`; OpenCV's own are turned off."""
+  import cv2
+
+  cv2.setNumThreads(0)
+  return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
