@@ -32,8 +32,17 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
+    "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
     "tpu": ["jax[tpu]"],
-    "test": ["hypothesis", "pytest", "ruff"],
+    "test": [
+      "array_record",
+      "hypothesis",
+      "importlib_resources",
+      "pytest",
+      "pytest-xdist",
+      "ruff",
+      "tensorflow-datasets",
+    ],
   },
   entry_points={"console_scripts": ["nfnets=nfnets.main:main"]},
 )

@@ -36,9 +36,14 @@ def get_config() -> ConfigDict:
   config.model.stochdepth_rate = placeholder(float)  # Of the last block.
 
   config.data = ConfigDict()
-  # A name in nfnets/data/sources.py: digits, folder, synthetic.
+  # A name in nfnets/data/sources.py: digits, folder, synthetic, tfds.
   config.data.source = "digits"
   config.data.dir = placeholder(str)  # Where it is, unless part of a package.
+  config.data.tfds_name = placeholder(str)  # Of a TFDS set: imagenet2012.
+  # Of a TFDS set, in the paper's words: train_and_valid is all training images,
+  # valid the first 10,000 of them, train the rest, test the validation set.
+  config.data.train_split = "train_and_valid"
+  config.data.test_split = "test"
   # Share of each class for testing, where the data set does not say.
   config.data.held_out_share = 0.2
   config.data.num_threads = placeholder(int)  # That decode; None: one per core.

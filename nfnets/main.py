@@ -223,7 +223,9 @@ def _one_line(error: Exception) -> str:
   if isinstance(error, KeyError | AttributeError):
     return f"there is no such key: {text.strip()}"
   lines = str(error).strip().splitlines()
-  return lines[-1] if "Traceback" in str(error) else " ".join(lines)
+  if "Traceback" in str(error):  # Of the recipe's own error.
+    return re.sub(r"^[\w.]*Error: ", "", lines[-1])
+  return " ".join(lines)
 
 
 def _find_config(file: str) -> Path:

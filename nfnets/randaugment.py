@@ -342,14 +342,45 @@ def _cut(image: jax.Array, square: jax.Array) -> jax.Array:
   return jnp.where(is_cut, jnp.uint8(_FILL), image)
 
 
-def _carry_out(plan: _Plan, image: jax.Array) -> jax.Array:
-  image = _blend_with(image, plan.is_smooth, plan.factor)
-  # What follows reads pixels from anywhere: have them ready, since compilers
-  # would rather work each out where it is read (half as fast on CPU).
-  image = jax.lax.optimization_barrier(image)
-  image = _move(image, plan.matrix)
-  image = _look_up(image, plan.table)
-  return _cut(image, plan.square)
+# The passes in their order, with the fields of a plan that are their arguments;
+# the last one says whether the pass has an effect.
+_PASSES = (
+  (_look_up, ("table",)),
+  (_blend_with, ("is_smooth", "factor")),
+  (_move, ("matrix",)),
+  (_cut, ("square",)),
+)
+
+
+def _only(
+  function: Callable[..., jax.Array],
+  is_needed: jax.Array,
+  results: jax.Array,
+  *arguments: jax.Array,
+) -> jax.Array:
+  """`vmap(function)(*arguments)` in place of the results where it is needed.
+
+  An eighth of the batch at a time, those in need first, until none is left. A
+  slice may hold others besides: only use it where that does no harm.
+  """
+  num = len(is_needed)
+  size = -(-num // 8)
+  order = jnp.argsort(~is_needed)
+
+  def replace_some(i, results):
+    # The last slice moves back to fit, which does some again: no harm either.
+    some = jax.lax.dynamic_slice(order, (i * size,), (size,))
+    chosen = (argument[some] for argument in arguments)
+    return results.at[some].set(jax.vmap(function)(*chosen))
+
+  num_slices = -(-jnp.sum(is_needed) // size)
+  return jax.lax.fori_loop(0, num_slices, replace_some, results)
+
+
+def _differ(values: jax.Array, value: jax.Array) -> jax.Array:
+  """[N, ...] and [...] -> [N] bool: which of the values are not the value?"""
+  differences = (values != value[None]).reshape(len(values), -1)
+  return jnp.any(differences, axis=1)
 
 
 # What the operations look at.
@@ -359,27 +390,6 @@ def _count(image: jax.Array) -> jax.Array:
   """Pixels of each value: [3, H, W] uint8 -> [3, 256] int32."""
   counts = jnp.zeros(3 * 256, jnp.int32).at[_places(image)].add(1)
   return counts.reshape(3, 256)
-
-
-def _count_chosen(images: jax.Array, is_chosen: jax.Array) -> jax.Array:
-  """`_count` of the chosen images [N, 3, H, W]; 0, or the same, of others.
-
-  Counting is the one slow pass, and few images ask for it. They are taken an
-  eighth of the batch at a time: seldom more than once, at times not at all.
-  """
-  num = len(images)
-  size = -(-num // 8)
-  order = jnp.argsort(~is_chosen)  # The chosen ones first.
-
-  def count_some(i, counts):
-    # The last slice moves back to fit, which counts some images again.
-    some = jax.lax.dynamic_slice(order, (i * size,), (size,))
-    return counts.at[some].set(jax.vmap(_count)(images[some]))
-
-  counts = jnp.zeros((num, 3, 256), jnp.int32)
-  return jax.lax.fori_loop(
-    0, -(-jnp.sum(is_chosen) // size), count_some, counts
-  )
 
 
 def _look(image: jax.Array, counts, direction, centre, quirks: bool) -> _View:
@@ -437,7 +447,9 @@ class Operation(NamedTuple):
     counts = _count(planes) if self.needs_counts else jnp.zeros((3, 256), int)
     centre = None if key is None else _draw_centre(key, planes)
     view = _look(planes, counts, 1, centre, quirks)
-    planes = _carry_out(self.plan(view, magnitude), planes)
+    plan = self.plan(view, magnitude)
+    for function, names in _PASSES:
+      planes = function(planes, *(getattr(plan, name) for name in names))
     return jnp.moveaxis(planes, 0, -1)
 
 
@@ -504,12 +516,12 @@ def make_randaugment(
   def draw(key):
     return jax.random.randint(key, (), 0, len(operations))
 
-  def change(drawn, keys, counts, image):
+  def make_plan(drawn, keys, counts, image):
     direction = jax.random.rademacher(keys[0], (), jnp.float32)
     centre = _draw_centre(keys[1], image)
     view = _look(image, counts, direction, centre, quirks)
     plans = [lambda o=o: o.plan(view, magnitude) for o in operations]
-    return _carry_out(jax.lax.switch(drawn, plans), image)
+    return jax.lax.switch(drawn, plans)
 
   def randaugment(keys: jax.Array, images: jax.Array) -> jax.Array:
     _check(images, "[N, H, W, 3]")
@@ -519,8 +531,14 @@ def make_randaugment(
       parts = jax.vmap(lambda key: jax.random.split(key, 3))(parts)  # [N, 3]
       drawn = jax.vmap(draw)(parts[:, 0])
       needs_counts = jnp.array([o.needs_counts for o in operations])[drawn]
-      counts = _count_chosen(planes, needs_counts)
-      return jax.vmap(change)(drawn, parts[:, 1:], counts, planes)
+      counts = jnp.zeros((len(planes), 3, 256), int)
+      counts = _only(_count, needs_counts, counts, planes)
+      plans = jax.vmap(make_plan)(drawn, parts[:, 1:], counts, planes)
+      for function, names in _PASSES:
+        arguments = [getattr(plans, name) for name in names]
+        is_needed = _differ(arguments[-1], getattr(_plan(), names[-1]))
+        planes = _only(function, is_needed, planes, planes, *arguments)
+      return planes
 
     planes = jnp.moveaxis(images, -1, 1)
     planes = jax.lax.fori_loop(0, num_layers, layer, planes)

@@ -31,6 +31,9 @@ _FIXED = tuple(
     "mean",
     "std",
     "held_out_share",
+    "tfds_name",
+    "train_split",
+    "test_split",
   )
 )
 
@@ -122,6 +125,9 @@ def resolve(config: ConfigDict) -> Recipe:
     d.source,
     sizes=Sizes(train_size, test_size, d.eval_margin),
     directory=d.dir,
+    tfds_name=d.tfds_name,
+    train_split=d.train_split,
+    test_split=d.test_split,
     held_out_share=d.held_out_share,
     max_broken=d.max_broken,
     num_threads=d.num_threads,

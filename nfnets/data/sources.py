@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nfnets.data import digits, encoded, folder
+from nfnets.data import digits, encoded, folder, tfds_source
 from nfnets.data.source import Examples, Sizes, Source, Split
 from nfnets.errors import UsageError, unknown
 
@@ -16,6 +16,9 @@ def load(
   *,
   sizes: Sizes,
   directory: str | None = None,
+  tfds_name: str | None = None,
+  train_split: str = "train_and_valid",
+  test_split: str = "test",
   held_out_share: float = 0.2,
   max_broken: int = 100,
   num_threads: int | None = None,
@@ -26,6 +29,9 @@ def load(
     name: A key of `SOURCES`.
     sizes: Of the images to give.
     directory: Where it is, for those that are not part of a package.
+    tfds_name: Of a TFDS set.
+    train_split, test_split: Of a TFDS set, in the paper's names
+      (`tfds_source.SPLITS`).
     held_out_share: For testing, where a data set does not say.
     max_broken: Files that may be unreadable before it is an error.
     num_threads: That decode; None: one per core.
@@ -44,6 +50,8 @@ def load(
   return SOURCES[name](
     sizes=sizes,
     directory=Path(directory) if directory else None,
+    tfds_name=tfds_name,
+    splits=(train_split, test_split),
     held_out_share=held_out_share,
     broken=encoded.Broken(max_broken),
     pool=pool,
@@ -75,7 +83,35 @@ def _synthetic(*, sizes: Sizes, **unused) -> Source:
   return Source(names, split(1_281_167, sizes.train), split(50_000, sizes.test))
 
 
-def _folder(*, sizes, directory, held_out_share, broken, pool) -> Source:
+def _tfds(
+  *, sizes, directory, tfds_name, splits, broken, pool, **unused
+) -> Source:
+  del unused
+  if not tfds_name:
+    raise UsageError("config.data.source=tfds needs --config.data.tfds_name")
+  builder = tfds_source.open_builder(directory, tfds_name)
+  image_key, label_key = tfds_source.keys(builder)
+
+  def split(name: str) -> Split:
+    data = tfds_source.open_split(builder, name, image_key=image_key)
+
+    def fetch(index: int) -> tuple[bytes, int, str]:
+      example = data[index]
+      label = int(example[label_key])
+      return example[image_key], label, f"{tfds_name} {name} [{index}]"
+
+    return encoded.make_split(
+      len(data), fetch, sizes=sizes, pool=pool, broken=broken
+    )
+
+  names = builder.info.features[label_key].names
+  return Source(tuple(names), *map(split, splits))
+
+
+def _folder(
+  *, sizes, directory, held_out_share, broken, pool, **unused
+) -> Source:
+  del unused
   listing = folder.scan(directory, held_out_share=held_out_share, seed=0)
 
   def split(files: list[tuple[Path, int]]) -> Split:
@@ -103,6 +139,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
   "digits": _digits,
   "folder": _folder,
   "synthetic": _synthetic,
+  "tfds": _tfds,
 }
 
-_ENCODED = ("folder",)
+_ENCODED = ("folder", "tfds")

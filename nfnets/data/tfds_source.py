@@ -1,0 +1,112 @@
+"""TFDS image classification sets, ImageNet first, without TensorFlow.
+
+Read through `tfds` data sources, which need the set prepared as `array_record`
+(random access); a script of TFDS converts one prepared as `tfrecord`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nfnets.errors import InputError, unknown
+
+# Of the training examples, the first so many are the paper's validation split.
+_NUM_VALID = 10_000
+
+SPLITS = ("train", "train_and_valid", "valid", "test")
+
+
+def open_builder(root: Path, name: str) -> Any:
+  """The TFDS builder of a prepared set.
+
+  Args:
+    root: TFDS's data_dir.
+    name: Such as `imagenet2012` or `imagenet2012:5.1.0`.
+
+  Raises:
+    InputError: when the set is not there, or prepared in another format.
+  """
+  try:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+  except ImportError as error:
+    raise InputError(
+      f"TFDS sets need packages that are missing ({error}): pip install "
+      "'nfnets[tfds]'"
+    ) from None
+  try:
+    builder = read_only_builder.builder_from_files(name, data_dir=str(root))
+  except (
+    tfds.core.DatasetNotFoundError,
+    FileNotFoundError,
+    ValueError,
+  ) as error:
+    raise InputError(
+      f"there is no prepared TFDS set {name!r} below {root}: --config.data.dir "
+      f"is TFDS's data_dir ({str(error).strip().splitlines()[0]})"
+    ) from None
+  file_format = builder.info.file_format.value
+  if file_format != "array_record":
+    raise InputError(
+      f"{builder.data_dir} is prepared as {file_format}, which has no random "
+      "access: convert it once (with TensorFlow installed) with `python -m "
+      "tensorflow_datasets.scripts.convert_format --dataset_version_dir="
+      f"{builder.data_dir} --out_file_format=array_record --out_dir=FOLDER`"
+    )
+  return builder
+
+
+def keys(builder: Any) -> tuple[str, str]:
+  """Names of the image and of the label in its examples.
+
+  Raises:
+    InputError: unless there is exactly one of each.
+  """
+  import tensorflow_datasets as tfds
+
+  found = []
+  for kind in (tfds.features.Image, tfds.features.ClassLabel):
+    names = [n for n, f in builder.info.features.items() if type(f) is kind]
+    if len(names) != 1:
+      raise InputError(
+        f"{builder.info.name} has {len(names)} features of kind "
+        f"{kind.__name__}: one image and one label are needed"
+      )
+    found += names
+  return found[0], found[1]
+
+
+def slice_of(builder: Any, split: str) -> str:
+  """TFDS's words for a split with the paper's name.
+
+  `train_and_valid` is TFDS's train, `valid` its first 10,000 examples (or a
+  tenth, where that is less), `train` the rest, `test` its validation split
+  (ImageNet's own test labels are secret) or, without one, its test split.
+  """
+  if split not in SPLITS:
+    raise unknown("split", split, SPLITS)
+  splits = builder.info.splits
+  if split == "test":
+    names = [n for n in ("validation", "test") if n in splits]
+    if not names:
+      raise InputError(
+        f"{builder.info.name} has no validation or test split (it has "
+        f"{', '.join(splits)}): use --config.data.test_split=valid with "
+        "--config.data.train_split=train"
+      )
+    return names[0]
+  num_valid = min(_NUM_VALID, splits["train"].num_examples // 10)
+  return {
+    "train_and_valid": "train",
+    "train": f"train[{num_valid}:]",
+    "valid": f"train[:{num_valid}]",
+  }[split]
+
+
+def open_split(builder: Any, split: str, *, image_key: str) -> Any:
+  """The examples of a split: `len` and random access, images as bytes."""
+  import tensorflow_datasets as tfds
+
+  return builder.as_data_source(
+    split=slice_of(builder, split),
+    decoders={image_key: tfds.decode.SkipDecoding()},
+  )

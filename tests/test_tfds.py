@@ -1,0 +1,158 @@
+"""TFDS sets: prepared by the test, read without TensorFlow, trained on."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from PIL import Image
+
+from nfnets.data import images, sources, tfds_source
+from nfnets.data.source import Sizes
+from nfnets.errors import InputError
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+SIZES = Sizes(train=24, test=32, test_margin=8)
+
+
+def _jpeg(seed):
+  pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3))
+  file = io.BytesIO()
+  Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG")
+  return file.getvalue()
+
+
+class Insects(tfds.core.GeneratorBasedBuilder):
+  """Noise in TFDS's ImageNet layout: JPEGs with a label, train, validation."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "file_name": tfds.features.Text(),
+      "image": tfds.features.Image(encoding_format="jpeg"),
+      "label": tfds.features.ClassLabel(names=["ant", "bee", "fly"]),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {
+      "train": self._generate_examples(0, 40),
+      "validation": self._generate_examples(100, 10),
+    }
+
+  def _generate_examples(self, start, num):
+    for i in range(start, start + num):
+      image = io.BytesIO(_jpeg(i))
+      yield i, {"file_name": f"{i}.jpg", "image": image, "label": i % 3}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  root = tmp_path_factory.mktemp("tfds")
+  builder = Insects(data_dir=str(root), file_format="array_record")
+  builder.download_and_prepare()
+  return root
+
+
+def _load(data_dir, **options):
+  options = {"tfds_name": "insects", "sizes": SIZES} | options
+  return sources.load("tfds", directory=str(data_dir), **options)
+
+
+def test_splits_have_the_papers_names(data_dir):
+  source = _load(data_dir)
+  assert source.class_names == ("ant", "bee", "fly")
+  assert source.train.num_examples == 40
+  assert source.test.num_examples == 10
+  inner = _load(data_dir, train_split="train", test_split="valid")
+  assert inner.train.num_examples == 36
+  assert inner.test.num_examples == 4
+  assert "tensorflow" not in sys.modules
+
+
+def test_examples_are_the_files_that_were_prepared(data_dir):
+  source = _load(data_dir)
+  read = source.test.read(np.arange(10), None)
+  expected = {
+    (100 + i) % 3: images.resize_crop(images.decode(_jpeg(100 + i), ""), 32, 8)
+    for i in range(10)
+  }
+  assert sorted(read.labels) == sorted((100 + i) % 3 for i in range(10))
+  for label, image in expected.items():
+    assert any(
+      (image == ours).all()
+      for ours, its in zip(read.images, read.labels, strict=True)
+      if its == label
+    )
+
+
+def test_sets_that_are_not_there(data_dir, tmp_path):
+  with pytest.raises(InputError, match=r"no prepared TFDS set 'birds' below"):
+    _load(data_dir, tfds_name="birds")
+  with pytest.raises(InputError, match=r"no prepared TFDS set 'insects' below"):
+    _load(tmp_path)
+  with pytest.raises(InputError, match=r"unknown split 'tran': did you mean"):
+    _load(data_dir, train_split="tran")
+
+
+def test_a_tfrecord_set_gets_the_name_of_the_converter(data_dir, tmp_path):
+  builder = tfds_source.open_builder(data_dir, "insects")
+  root = tmp_path / "insects" / "1.0.0"
+  root.mkdir(parents=True)
+  for path in builder.data_path.iterdir():
+    text = path.read_bytes()
+    if path.suffix == ".json":
+      text = text.replace(b"array_record", b"tfrecord")
+    (root / path.name.replace("array_record", "tfrecord")).write_bytes(text)
+  with pytest.raises(
+    InputError, match=r"is prepared as tfrecord.*scripts.convert_format --data"
+  ):
+    _load(tmp_path)
+
+
+def test_the_imagenet_recipe_trains_resumes_and_evaluates(
+  data_dir, nfnets, tmp_path
+):
+  """The published recipe as it is but for a small network and few steps."""
+  recipe = [
+    "--config=configs/nfnet_imagenet.py:F0",
+    f"--config.data.dir={data_dir}",
+    "--config.data.tfds_name=insects",
+    "--config.data.train_size=24",
+    "--config.data.test_size=32",
+    *(f"--config.model.{k}={v}" for k, v in SMALL.items()),
+    "--config.train.batch_size=8",
+    "--config.train.precision=float32",
+    "--config.augment.randaugment_layers=1",
+    "--config.optim.warmup_epochs=0.2",
+    "--config.log_every_steps=1",
+    "--config.eval.batch_size=4",
+  ]
+  runs = {"whole": [1.0], "resumed": [0.6, 1.0]}
+  rows = {}
+  for name, epochs in runs.items():
+    for until in epochs:
+      # The schedule's length changes with the epochs, so it is kept flat.
+      result = nfnets(
+        "train",
+        *recipe,
+        f"--workdir={tmp_path / name}",
+        f"--config.train.epochs={until}",
+        "--config.optim.lr_per_256=0.0",
+      )
+      assert result.returncode == 0, result.stderr
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    rows[name] = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+  assert [row["step"] for row in rows["whole"]] == [1, 2, 3, 4, 5]
+  assert rows["resumed"] == rows["whole"]
+
+  workdir = tmp_path / "whole"
+  result = nfnets("evaluate", f"--workdir={workdir}", "--json")
+  assert json.loads(result.stdout)["ema"]["num_examples"] == 10
