@@ -91,6 +91,17 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument("--json", action="store_true", help="print JSON lines")
 
+  command = add(
+    "show-batch", _show_batch, "Draw an augmented training batch, to look at."
+  )
+  command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
+  command.add_argument(
+    "--out", type=Path, default=Path("batch.png"), help="default: batch.png"
+  )
+  command.add_argument(
+    "--num_images", type=int, default=16, help="how many (default: 16)"
+  )
+
   command = add("info", _info, "The models, or all about one.")
   command.add_argument("model", nargs="?", help="such as nfnet_f3")
   command.add_argument(
@@ -161,6 +172,16 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
       for name, value in result.classes:
         print(f"  {value:7.2%}  {name}")
   return 1 if num_failures else 0
+
+
+def _show_batch(args: argparse.Namespace, rest: list[str]) -> None:
+  config = _load_config(args.config, rest)
+  if args.num_images < 1:
+    raise UsageError(f"--num_images={args.num_images}: must be at least 1")
+  from nfnets import show_batch
+
+  show_batch.show_batch(config, args.out, num_images=args.num_images)
+  print(f"wrote {args.out}")
 
 
 def _info(args: argparse.Namespace, rest: list[str]) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
   ("agc", "devices", "layers", "losses", "mixing", "randaugment"),
   ("augment", "data", "models", "optim"),
   ("checkpoint", "metrics", "plots", "pretrained", "progress", "steps"),
-  ("evaluate", "info", "predict", "recipe", "train"),
+  ("evaluate", "info", "predict", "recipe", "show_batch", "train"),
   ("main",),
 )
 # Within a floor: who may import a neighbour (no cycles: left to right only).
@@ -27,6 +27,7 @@ NEIGHBOURS = {
   "plots": {"metrics"},
   "evaluate": {"recipe"},
   "predict": {"recipe", "evaluate"},
+  "show_batch": {"recipe"},
   "train": {"recipe", "evaluate"},
 }
 

@@ -156,3 +156,20 @@ def test_the_imagenet_recipe_trains_resumes_and_evaluates(
   workdir = tmp_path / "whole"
   result = nfnets("evaluate", f"--workdir={workdir}", "--json")
   assert json.loads(result.stdout)["ema"]["num_examples"] == 10
+
+
+def test_a_batch_can_be_looked_at(data_dir, nfnets, tmp_path):
+  result = nfnets(
+    "show-batch",
+    "--config=configs/nfnet_imagenet.py:F0",
+    f"--config.data.dir={data_dir}",
+    "--config.data.tfds_name=insects",
+    "--num_images=6",
+    f"--out={tmp_path / 'sheet.png'}",
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == f"wrote {tmp_path / 'sheet.png'}\n"
+  with Image.open(tmp_path / "sheet.png") as sheet:
+    assert sheet.size[0] > sheet.size[1] > 300
+    is_blank = np.asarray(sheet)[..., :3].min(-1) == 255
+    assert is_blank.mean() < 0.5
