@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code."""
   parser = _make_parser()
   args, rest = parser.parse_known_args(argv)
+  # One line for each, without the place in the code.
+  warnings.formatwarning = lambda message, *_: f"nfnets: {message}\n"
   try:
     if rest and not hasattr(args, "config"):
       raise UsageError(f"{rest[0]} is no option of `nfnets {args.command}`")

@@ -1,0 +1,48 @@
+"""The scripts on a machine that lacks something."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """A checkout without an environment, in a path with a space."""
+  root = tmp_path / "a checkout"
+  root.mkdir()
+  shutil.copytree(ROOT / "scripts", root / "scripts")
+  shutil.copy(ROOT / "setup.py", root)
+  return root
+
+
+@pytest.mark.parametrize("script", ["train.sh", "test.sh"])
+@pytest.mark.parametrize("old", ["Python 3.9.1", None])
+def test_python_that_is_too_old_or_missing(checkout, tmp_path, script, old):
+  tools = tmp_path / "bin"
+  tools.mkdir()
+  for name in ("bash", "cat", "dirname"):
+    (tools / name).symlink_to(shutil.which(name))
+  if old:
+    stub = tools / "python3"
+    stub.write_text(f'#!{tools}/bash\n[ "$1" = --version ] && echo "{old}"\n')
+    stub.chmod(0o755)
+    # What it says of itself is not enough: it must run the project's check.
+    stub.write_text(stub.read_text() + '[ "$1" = --version ]\n')
+  result = subprocess.run(
+    [tools / "bash", checkout / "scripts" / script],
+    env={"PATH": str(tools)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  assert "Python 3.11 or newer with its venv module is needed" in result.stderr
+  assert f"found: {old or 'no python3'}" in result.stderr
+  assert "PYTHON=/path/to/python3.12" in result.stderr
+  assert set(os.listdir(checkout)) == {"scripts", "setup.py"}
