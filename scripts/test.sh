@@ -7,4 +7,6 @@ build_environment "${NFNETS_EXTRAS-[test]}"
 cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
-exec "$venv/bin/python" -m pytest --basetemp="$venv/cache/pytest" "$@"
+# Two processes: the stories take about as long as everything else.
+exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile \
+  --basetemp="$venv/cache/pytest" "$@"
