@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   config.model.activation = placeholder(str)
   config.model.final_conv_ratio = placeholder(float)
   config.model.drop_rate = placeholder(float)  # Before the classifier.
-  config.model.stochdepth_rate = placeholder(float)  # Of the last block.
+  config.model.stochdepth_rate = placeholder(float)  # x index / blocks.
 
   config.data = ConfigDict()
   # A name in nfnets/data/sources.py: digits, folder, synthetic, tfds.
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
   config.augment.mixup_alpha = 0.2  # Of Beta(alpha, alpha); 0: no MixUp.
   config.augment.cutmix = True  # With both, each gets half of the batch.
   # What is mixed in: "fresh" decodes a second image for each, as the paper did;
-  # "roll" takes the next one of the same device and decodes half as many.
+  # "roll" takes the neighbour on the same device and decodes half as many.
   config.augment.partners = "fresh"
   config.augment.randaugment_layers = 4  # Operations per image; 0: none.
   config.augment.randaugment_magnitude = placeholder(int)  # None: variant's.
@@ -97,4 +97,4 @@ def get_config() -> ConfigDict:
   config.checkpoint_every_steps = 1000  # And at the end or on Ctrl-C.
   config.keep_checkpoints = 3  # The newest that are kept.
 
-  return config
+  return config.lock()  # So that a recipe cannot set a key that is not here.

@@ -39,7 +39,7 @@ def unitwise_norm(x: jax.Array) -> jax.Array:
   | shape | unit |
   | --- | --- |
   | scalar, vector, and anything that squeezes to one | the whole array |
-  | [C_in, C_out] and rank 3 | a slice along axis 0 |
+  | [C_in, C_out] and rank 3 | a column: the norm runs over axis 0 |
   | [..., C_in, C_out] of rank 4 (HWIO) and 5 | all but the last axis |
 
   Raises:

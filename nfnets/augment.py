@@ -2,7 +2,7 @@
 
 Every random choice about an image comes from its own key, made of the run's
 seed, the step and the image's place in the global batch: a resumed run repeats
-it exactly, on any number of devices.
+it exactly, and (but for partners that are rolled in) on any number of devices.
 
 Shapes: N images per device, H height, W width.
 """
@@ -44,7 +44,7 @@ def make_augment(
 
   With both MixUp and CutMix, images at even places get the one and those at
   odd places the other. Partners are the batch's own `partner_images`, or
-  without those the next image of the same device.
+  without those the neighbour on the same device.
 
   Args:
     flip: Mirror half of the images, left to right.

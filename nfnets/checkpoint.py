@@ -25,10 +25,10 @@ class Checkpoints:
 
   Args:
     workdir: They are in its folder `checkpoints`, one folder per step.
-    keep: How many of the newest to keep.
+    keep: How many of the newest to keep; None: this only reads.
   """
 
-  def __init__(self, workdir: Path, *, keep: int = 1):
+  def __init__(self, workdir: Path, *, keep: int | None = None):
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
@@ -36,7 +36,12 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._root,
       item_names=("weights", "optimizer", "data"),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=keep is not None,
+        # What a killed run left half written.
+        cleanup_tmp_directories=keep is not None,
+      ),
     )
 
   def __enter__(self) -> "Checkpoints":

@@ -30,11 +30,11 @@ def join_pod() -> None:
   Raises:
     InputError: when the job cannot be joined.
   """
-  numbers = [
-    int(os.environ[name]) if name in os.environ else None
-    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  ]
   try:
+    numbers = [
+      int(os.environ[name]) if name in os.environ else None
+      for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    ]
     jax.distributed.initialize(None, *numbers)
   except (ValueError, RuntimeError) as error:
     raise InputError(
@@ -53,10 +53,16 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   """A one-axis mesh over the first `num_devices` devices (None: all)."""
   devices = jax.devices()
   if num_devices is not None:
+    if jax.process_count() > 1 and num_devices != len(devices):
+      raise InputError(
+        f"{num_devices} devices were asked for, but a run on several hosts "
+        f"uses all {len(devices)}: leave config.train.num_devices at None"
+      )
     if not 1 <= num_devices <= len(devices):
       raise InputError(
         f"{num_devices} devices were asked for, but there are {len(devices)} "
-        f"({devices[0].platform}): set num_devices to None or at most that"
+        f"({devices[0].platform}): set config.train.num_devices to 1 to "
+        f"{len(devices)}, or to None for all"
       )
     devices = devices[:num_devices]
   return Mesh(np.array(devices), (AXIS,))

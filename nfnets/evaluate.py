@@ -90,12 +90,14 @@ def evaluate(
     InputError: see `recipe.resolve`, `checkpoint` and `pretrained`.
   """
   if (workdir is None) == (weights is None):
-    raise UsageError("give either --workdir or --weights to evaluate")
+    raise UsageError("give either a workdir or weights to evaluate")
   if config is None:
     if workdir is None:
-      raise UsageError("--weights also needs a --config to know the data")
+      raise UsageError("weights also need a config to know the data")
     config = recipe.load_config(workdir)
   r = recipe.resolve(config)
+  if workdir is not None:
+    recipe.changes_since(r, workdir)  # Raises for another model or data set.
   mesh = devices.make_mesh(config.train.num_devices)
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
 
@@ -129,8 +131,7 @@ def load_workdir(workdir: Path, model: Any, mesh: Mesh) -> dict[str, Any]:
   Raises:
     InputError: when there is no checkpoint or it cannot be read.
   """
-  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-  params, state = jax.eval_shape(model.init, jax.random.key(0), image)
+  params, state = model.shapes()
   like = {
     "params": params,
     "state": state,

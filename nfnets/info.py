@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +51,7 @@ def print_model(console: Console, model: models.Model) -> None:
     ("test size", f"{row.test_size} px, {_macs(model, row.test_size)}"),
     ("RandAugment", f"4 layers of magnitude {row.randaugment_magnitude}"),
     ("dropout", f"{row.drop_rate:g}"),
-    ("stochastic depth", f"{row.stochdepth_rate:g} at the last block"),
+    ("stochastic depth", f"{row.stochdepth_rate:g} x index / blocks"),
     ("activation", f"{row.activation}, alpha {row.alpha:g}"),
     ("memory", f"{megabytes:,.0f} MiB parameters (float32)"),
     ("", f"{megabytes:,.0f} MiB momentum"),
@@ -99,8 +98,7 @@ def _stages(model: models.Model) -> Table:
 
 def print_groups(console: Console, model: models.Model) -> None:
   """Which parameters the optimiser clips and decays, and how many."""
-  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-  params, _ = jax.eval_shape(model.init, jax.random.key(0), image)
+  params, _ = model.shapes()
   sizes: dict[str, list[int]] = {group.name: [] for group in optim.GROUPS}
   for module, values in params.items():
     for name, value in values.items():

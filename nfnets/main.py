@@ -19,7 +19,8 @@ from nfnets.errors import InputError, UsageError
 
 _CONFIG_HELP = (
   "recipe file, file.py:VARIANT for one of a family; any value of it is "
-  "changed with --config.key=value (default: configs/digits.py)"
+  "changed with --config.key=value (default: the config of the workdir if it "
+  "has one, else configs/digits.py)"
 )
 
 
@@ -122,8 +123,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
-  config = _load_config(args.config, rest)
   workdir = args.workdir or _default_workdir(args.config)
+  config = _load_config(args.config, rest, args.workdir)
   from nfnets import devices, train
 
   if args.pod:
@@ -137,9 +138,11 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
-  config = None
-  if args.config or rest:
-    config = _load_config(args.config, rest)
+  if (args.workdir is None) == (args.weights is None):
+    raise UsageError("give either --workdir or --weights to evaluate")
+  if args.weights is not None and args.config is None:
+    raise UsageError("--weights also needs a --config to know the data")
+  config = _load_config(args.config, rest, args.workdir)
   from nfnets import evaluate
 
   results = evaluate.evaluate(
@@ -218,19 +221,36 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return column, value  # A plain word, such as an activation's name.
 
 
-def _load_config(path: str | None, overrides: list[str]) -> Any:
-  """The config of a file with `--config.key=value` overrides in place."""
+def _load_config(
+  path: str | None, overrides: list[str], workdir: Path | None = None
+) -> Any:
+  """A config with `--config.key=value` overrides in place.
+
+  It is that of the file; without one, that of a workdir that has been started;
+  and else that of the digits.
+  """
   from absl import flags
   from ml_collections import config_flags
 
-  file, colon, variant = (path or "configs/digits.py").partition(":")
-  argv = [f"--config={_find_config(file)}{colon}{variant}", *overrides]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  if (
+    path is None and workdir is not None and (workdir / "config.json").exists()
+  ):
+    from nfnets import recipe
+
+    config = recipe.load_config(workdir)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    argv = overrides
+  else:
+    file, colon, variant = (path or "configs/digits.py").partition(":")
+    argv = [f"--config={_find_config(file)}{colon}{variant}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
     extra = values(["nfnets", *argv])[1:]
     config = values["config"].value
-  except (flags.Error, AttributeError, KeyError, OSError) as error:
+  except UsageError:
+    raise
+  except Exception as error:  # A recipe is code, and may do anything.
     raise UsageError(f"--config: {_one_line(error)}") from None
   if extra:
     raise UsageError(f"{extra[0]!r} is not understood")
@@ -242,8 +262,8 @@ def _one_line(error: Exception) -> str:
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]
   text = str(error.args[0]) if error.args else ""
-  if found := re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text):
-    return f"there is no key {found[1]!r}: did you mean {found[2]!r}?"
+  if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
+    return f"there is no key {found[2]!r}: did you mean {found[1]!r}?"
   if isinstance(error, KeyError | AttributeError):
     return f"there is no such key: {text.strip()}"
   lines = str(error).strip().splitlines()

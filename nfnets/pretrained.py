@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from nfnets import models
@@ -69,6 +68,7 @@ def save(path: str | Path, params: Any, card: Card | None = None) -> None:
   if path.suffix == ".safetensors":
     from safetensors.numpy import save_file
 
+    partial.touch()  # With the permissions of any other file.
     save_file(flat, partial, metadata={_CARD_KEY: text} if text else None)
   elif path.suffix == ".npz":
     if text:
@@ -138,8 +138,7 @@ def _read_npz(path: Path):
 
 def check(params: Any, model: models.Model, origin: str) -> None:
   """Raises `InputError` unless every name and shape is what the model has."""
-  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-  expected, _ = jax.eval_shape(model.init, jax.random.key(0), image)
+  expected, _ = model.shapes()
   ours = {key: value.shape for key, value in _leaves(expected)}
   theirs = {key: value.shape for key, value in _leaves(params)}
   if ours == theirs:

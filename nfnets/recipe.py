@@ -5,12 +5,14 @@ worked out here, once, after the overrides.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from configs import base
 from nfnets import models, optim, pretrained
 from nfnets.augment import Augment, make_augment
 from nfnets.data import sources
@@ -20,21 +22,22 @@ from nfnets.steps import Normalization
 
 _FILE = "config.json"
 
-# What a workdir is bound to, besides the model and the seed.
-_FIXED = tuple(
-  f"data.{key}"
-  for key in (
-    "source",
-    "train_size",
-    "test_size",
-    "eval_margin",
-    "mean",
-    "std",
-    "held_out_share",
-    "tfds_name",
-    "train_split",
-    "test_split",
-  )
+# What a workdir is bound to, besides the model.
+_FIXED = (
+  "classes",
+  "data.eval_margin",
+  "data.held_out_share",
+  "data.mean",
+  "data.source",
+  "data.std",
+  "data.test_size",
+  "data.test_split",
+  "data.tfds_name",
+  "data.train_size",
+  "data.train_split",
+  "seed",
+  "train.batch_size",
+  "with AGC",
 )
 
 
@@ -110,7 +113,13 @@ def resolve(config: ConfigDict) -> Recipe:
   Raises:
     UsageError: for an unknown name or a value out of its range.
   """
-  _check_ranges(config)
+  if not isinstance(config, ConfigDict):
+    raise UsageError(
+      f"the recipe returns a {type(config).__name__}: start it from "
+      "configs.base.get_config()"
+    )
+  _check_keys(config.to_dict())
+  _check_values(config)
   columns = config.model.to_dict()
   name = columns.pop("name")
   overrides = {k: v for k, v in columns.items() if v is not None}
@@ -165,80 +174,126 @@ def resolve(config: ConfigDict) -> Recipe:
   )
 
 
-def _check_ranges(config: ConfigDict) -> None:
-  """Raises `UsageError` for numbers that cannot be meant."""
-  positive = (
-    "train.epochs",
-    "train.batch_size",
-    "train.accumulate",
-    "eval.batch_size",
-    "eval.every_epochs",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
+# What numbers may be, by key.
+_RANGES = (
+  (
+    (
+      "train.epochs",
+      "train.batch_size",
+      "train.accumulate",
+      "eval.batch_size",
+      "eval.every_epochs",
+      "log_every_steps",
+      "checkpoint_every_steps",
+      "keep_checkpoints",
+      "data.train_size",
+      "data.test_size",
+    ),
+    lambda x: 0 < x < math.inf,
+    "more than 0 and finite",
+  ),
+  (
+    (
+      "data.eval_margin",
+      "optim.lr_per_256",
+      "optim.warmup_epochs",
+      "optim.weight_decay",
+      "optim.agc_clipping",
+      "optim.agc_eps",
+      "augment.mixup_alpha",
+      "augment.randaugment_layers",
+      "data.max_broken",
+    ),
+    lambda x: 0 <= x < math.inf,
+    "0 or more and finite",
+  ),
+  (
+    (
+      "augment.shift",
+      "data.held_out_share",
+      "train.label_smoothing",
+      "optim.momentum",
+      "optim.ema_decay",
+    ),
+    lambda x: 0 <= x < 1,
+    "at least 0 and below 1",
+  ),
+  (("seed",), lambda x: 0 <= x < 2**31, "0 to 2147483647"),
+  (("data.mean",), lambda x: _is_color(x), "three numbers, one per colour"),
+  (
+    ("data.std",),
+    lambda x: _is_color(x) and min(x) > 0,
+    "three numbers above 0, one per colour",
+  ),
+)
+
+
+def _is_color(value: Any) -> bool:
+  return len(value) == 3 and all(
+    isinstance(x, int | float) and math.isfinite(x) for x in value
   )
-  not_negative = (
-    "seed",
-    "data.eval_margin",
-    "optim.lr_per_256",
-    "optim.warmup_epochs",
-    "optim.weight_decay",
-    "optim.agc_clipping",
-    "optim.agc_eps",
-    "augment.mixup_alpha",
-    "augment.randaugment_layers",
-    "data.max_broken",
-  )
-  below_one = (
-    "augment.shift",
-    "data.held_out_share",
-    "train.label_smoothing",
-    "optim.momentum",
-    "optim.ema_decay",
-  )
+
+
+def _check_keys(config: dict[str, Any]) -> None:
+  """Raises `UsageError` unless a config has exactly the keys of the base."""
+  ours, theirs = _flatten(base.get_config().to_dict()), _flatten(config)
+  for key in theirs:
+    if key not in ours:
+      raise unknown("config key", key, ours)
+  if missing := sorted(ours.keys() - theirs.keys()):
+    raise UsageError(
+      f"the config lacks {', '.join(missing)}: start a recipe from "
+      "configs.base.get_config()"
+    )
+
+
+def _check_values(config: ConfigDict) -> None:
+  """Raises `UsageError` for values that cannot be meant."""
   flat = _flatten(config.to_dict())
-  for keys, is_good, what in (
-    (positive, lambda x: x > 0, "more than 0"),
-    (not_negative, lambda x: x >= 0, "0 or more"),
-    (below_one, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-  ):
+  for keys, is_good, what in _RANGES:
     for key in keys:
-      if not is_good(flat[key]):
+      if flat[key] is not None and not is_good(flat[key]):
         raise UsageError(f"config.{key}={flat[key]}: must be {what}")
   if config.augment.partners not in PARTNERS:
     raise unknown("augment.partners", config.augment.partners, PARTNERS)
 
 
-def save(recipe: Recipe, workdir: Path) -> list[str]:
-  """Writes the resolved config to `config.json`; says what changed in it.
+def changes_since(recipe: Recipe, workdir: Path) -> list[str]:
+  """What differs from the config a workdir was last started with.
 
-  A workdir belongs to one model, data set and seed. Other settings may change
-  from one start to the next (a lower learning rate after a divergence, say);
-  each is returned as a line "key: old -> new".
+  A workdir belongs to one model, data set, batch size and seed. Other settings
+  may change from one start to the next (a lower learning rate after a
+  divergence, say); each is returned as a line "key: old -> new".
 
   Raises:
-    InputError: when the workdir belongs to another run; nothing is written.
+    InputError: when the workdir belongs to another run.
   """
-  changes = []
-  path = workdir / _FILE
-  if path.exists():
-    old = _flatten(load_config(workdir).to_dict())
-    new = _flatten(recipe.config.to_dict())
-    changed = {
-      key: f"{key}: {old.get(key)} -> {new.get(key)}"
-      for key in sorted(old | new)
-      if old.get(key) != new.get(key)
-    }
-    if fixed := [
-      change
-      for key, change in changed.items()
-      if key.startswith("model.") or key == "seed" or key in _FIXED
-    ]:
-      raise InputError(
-        f"{workdir} holds another run ({', '.join(fixed)}): choose another "
-        "--workdir, or give the config that this one was started with"
-      )
-    changes = list(changed.values())
+  old = _flatten(load_config(workdir).to_dict())
+  new = _flatten(recipe.config.to_dict())
+  old["classes"] = list(load_card(workdir).class_names)
+  new["classes"] = list(recipe.card.class_names)
+  # Without AGC the optimiser's state has another structure.
+  for flat in (old, new):
+    flat["with AGC"] = bool(flat["optim.agc_clipping"])
+  changed = {
+    key: f"{key}: {old.get(key)} -> {new.get(key)}"
+    for key in sorted(old | new)
+    if old.get(key) != new.get(key)
+  }
+  if fixed := [
+    change
+    for key, change in changed.items()
+    if key.startswith("model.") or key in _FIXED
+  ]:
+    raise InputError(
+      f"{workdir} holds another run ({', '.join(fixed)}): choose another "
+      "--workdir, or give the config that this one was started with"
+    )
+  return list(changed.values())
+
+
+def save(recipe: Recipe, workdir: Path) -> None:
+  """Writes the resolved config, what follows from it, and the card."""
   derived = recipe._asdict()
   for name in ("config", "source", "model", "card"):
     del derived[name]
@@ -251,21 +306,36 @@ def save(recipe: Recipe, workdir: Path) -> list[str]:
     },
     indent=2,
   )
-  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / _FILE
   partial = path.with_name(f".partial-{_FILE}")
   partial.write_text(text + "\n")
   os.replace(partial, path)
-  return changes
 
 
 def load_config(workdir: Path) -> ConfigDict:
-  """The config that a workdir was last started with."""
-  return ConfigDict(pretrained.as_tuples(_read(workdir)["config"]))
+  """The config that a workdir was last started with.
+
+  Raises:
+    InputError: when there is none, or one of another version.
+  """
+  config = base.get_config()
+  try:
+    saved = pretrained.as_tuples(_read(workdir)["config"])
+    _check_keys(saved)
+    config.update(saved)
+  except (KeyError, TypeError, UsageError) as error:
+    raise InputError(
+      f"{workdir / _FILE} is no config of this version ({error})"
+    ) from None
+  return config
 
 
 def load_card(workdir: Path) -> pretrained.Card:
   """What the weights of a workdir are."""
-  return pretrained.Card.from_dict(_read(workdir)["card"], str(workdir / _FILE))
+  found = _read(workdir)
+  if "card" not in found:
+    raise InputError(f"{workdir / _FILE} has no card: it is damaged")
+  return pretrained.Card.from_dict(found["card"], str(workdir / _FILE))
 
 
 def _read(workdir: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class TrainState(NamedTuple):
-  """Everything that a step changes; all float32 but `step`."""
+  """Everything that a step changes; float32, but for int32 counts."""
 
   step: jax.Array  # int32, updates made so far.
   params: hk.Params
@@ -109,7 +109,8 @@ def make_train_step(
 
   Returns:
     The step. Metrics are scalars: loss, accuracy, grad_norm (before clipping),
-    and for AGC `clipped/<part>`, `max_ratio/<part>`.
+    param_norm (after the update), and for AGC `clipped/<part>`,
+    `max_ratio/<part>`.
   """
   dtype = compute_dtype(precision)
   augment = augment or make_augment()
@@ -175,6 +176,7 @@ def make_train_step(
     params = optax.apply_updates(train_state.params, updates)
 
     metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["param_norm"] = optax.tree.norm(params)
     clipping = agc.find_state(opt_state)
     for part, values in clipping.statistics.items() if clipping else ():
       metrics[f"clipped/{part}"] = values.clipped
@@ -199,20 +201,16 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: Model,
-  mesh: Mesh,
-  *,
-  normalization: Normalization,
-  precision: str = "float32",
+  model: Model, mesh: Mesh, *, normalization: Normalization
 ) -> Callable[[hk.Params, hk.State, Batch], Metrics]:
   """Compiles `(params, state, batch) -> sums over the unmasked examples`.
 
-  The sums are float32 scalars: loss (nats, no smoothing), top1, top5, count.
+  Always in float32, as published. The sums are float32 scalars: loss (nats, no
+  smoothing), top1, top5, count.
   """
-  dtype = compute_dtype(precision)
 
   def eval_step(params, state, batch: Batch):
-    images = normalization(batch.images, dtype)
+    images = normalization(batch.images, jnp.float32)
     outputs, _ = model.apply(params, state, None, images)
     logits = outputs["logits"]
     targets = jax.nn.one_hot(batch.labels, model.num_classes)

@@ -37,7 +37,11 @@ _MAX_IN_FLIGHT = 2
 
 
 class DivergedError(InputError):
-  """Loss or gradient are not finite."""
+  """Loss, gradient or weights are not finite."""
+
+
+class StoppedError(InputError):
+  """The run was asked to end before its last step; its state is saved."""
 
 
 def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
@@ -48,8 +52,14 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
 
   Raises:
     InputError: for a config that cannot run, a workdir of another run, a
-      damaged checkpoint, or (`DivergedError`) a loss that is not finite.
+      damaged checkpoint, or (`DivergedError`) numbers that are not finite;
+      `StoppedError` after Ctrl-C or SIGTERM.
   """
+  with _stop_on_signal() as stop:
+    return _train(config, Path(workdir), stop)
+
+
+def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
   r = recipe.resolve(config)
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
@@ -78,7 +88,13 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   )
 
   is_first_host = devices.is_first_host()
-  changes = recipe.save(r, workdir) if is_first_host else []
+  if workdir.exists() and not workdir.is_dir():
+    raise InputError(f"{workdir} is a file: --workdir is a folder")
+  changes = []
+  if (workdir / "checkpoints").is_dir() and any(
+    (workdir / "checkpoints").iterdir()
+  ):
+    changes = recipe.changes_since(r, workdir)
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -88,6 +104,14 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
     else:
       state, position = checkpoints.restore(jax.eval_shape(init), mesh)
     start = int(state.step)
+    if start >= r.total_steps and changes:
+      raise InputError(
+        f"{workdir} is complete after {start} steps, and this config differs "
+        f"({', '.join(changes)}): choose another --workdir for a new run, or "
+        "raise config.train.epochs to train this one for longer"
+      )
+    if is_first_host:
+      recipe.save(r, workdir)
     bar = stack.enter_context(
       progress.TrainProgress(
         start=start,
@@ -101,7 +125,6 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
         metrics.Log(workdir, step=start, is_writer=is_first_host)
       )
     )
-    stop = stack.enter_context(_stop_on_signal())
     bar.say(_headline(r, mesh, workdir, start))
     for change in changes:
       bar.say(f"changed since the last start: {change}")
@@ -144,7 +167,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
         checkpoints.save(state, position=data.position)
       if is_stop_due:
         checkpoints.wait()
-        raise InputError(
+        raise StoppedError(
           f"stopped by {stop.reason} after step {step} of "
           f"{r.total_steps}; the same command goes on from there"
         )
@@ -191,7 +214,10 @@ class _InFlight:
   def _land_oldest(self) -> None:
     step, values = self._steps.popleft()
     values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not math.isfinite(values["loss"] + values["grad_norm"]):
+    if not all(
+      math.isfinite(values[name])
+      for name in ("loss", "grad_norm", "param_norm")
+    ):
       self._checkpoints.wait()
       config = self._recipe.config
       raise DivergedError(_advice(step, values, self._checkpoints, config))
@@ -263,16 +289,17 @@ def _advice(
   """What to tell the user of a run that diverged."""
   last = checkpoints.latest_step()
   kept = (
-    f"the last good checkpoint is step {last} ({checkpoints.folder(last)}) and "
-    "the same command goes on from it"
+    f"the last good checkpoint is step {last} ({checkpoints.folder(last)}), "
+    "and the same --workdir goes on from it"
     if last is not None
     else "there is no checkpoint yet"
   )
   return (
-    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} "
-    f"are not finite; {kept}; try a lower --config.optim.lr_per_256 (now "
+    f"step {step}: loss {values['loss']:g}, gradient norm "
+    f"{values['grad_norm']:g}, weight norm {values['param_norm']:g} are not "
+    f"finite; {kept}; try a lower --config.optim.lr_per_256 (now "
     f"{config.optim.lr_per_256:g}), a lower --config.optim.agc_clipping (now "
-    f"{config.optim.agc_clipping:g}, 0 is off), or more warmup_epochs (now "
+    f"{config.optim.agc_clipping:g}), or more warmup_epochs (now "
     f"{config.optim.warmup_epochs:g})"
   )
 
@@ -300,6 +327,7 @@ def _stop_on_signal():
     del frame
     stop.reason = signal.Signals(number).name
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("stopping after this step; Ctrl-C again stops at once", flush=True)
 
   is_main = threading.current_thread() is threading.main_thread()
   numbers = (signal.SIGINT, signal.SIGTERM)

@@ -22,7 +22,12 @@ is_usable() {
 
 find_python() {
   local name
-  for name in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.13 python3.11; do
+  if [ -n "${PYTHON-}" ]; then
+    is_usable "$PYTHON" && echo "$PYTHON" && return
+    fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || echo "not there"); \
+Python 3.11 or newer with its venv module is needed"
+  fi
+  for name in python3 python3.12 python3.13 python3.11; do
     if is_usable "$name"; then
       echo "$name"
       return
@@ -35,11 +40,17 @@ Install it (on Debian and Ubuntu: apt-get install python3 python3-venv), or
 name one: PYTHON=/path/to/python3.12 $0"
 }
 
+# The package is installed with the extras in NFNETS_EXTRAS, such as
+# [test,cuda], or with those of last time.
 build_environment() {
-  local python wanted stamp
+  local python wanted stamp extras=${NFNETS_EXTRAS-}
   stamp=$venv/requirements
+  if [ -z "$extras" ]; then
+    extras=[test]
+    [ -f "$venv/extras" ] && extras=$(cat "$venv/extras")
+  fi
   wanted=$(cat "$root/setup.py" "$root/scripts/constraints.txt" &&
-    echo "$root ${1-}") || exit 1
+    echo "$root $extras") || exit 1
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] &&
     is_usable "$venv/bin/python"; then
     return
@@ -49,7 +60,8 @@ build_environment() {
   rm -rf "$venv"
   "$python" -m venv "$venv" || fail "could not create $venv"
   "$venv/bin/python" -m pip install --quiet \
-    --constraint "$root/scripts/constraints.txt" --editable "$root${1-}" ||
+    --constraint "$root/scripts/constraints.txt" --editable "$root$extras" ||
     fail "could not install the requirements (see above); run $0 again"
+  echo "$extras" >"$venv/extras"
   echo "$wanted" >"$stamp"
 }

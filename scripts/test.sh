@@ -3,7 +3,7 @@
 # tests. Arguments go to pytest: `scripts/test.sh -k agc`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-build_environment "${NFNETS_EXTRAS-[test]}"
+build_environment
 cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .

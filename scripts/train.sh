@@ -3,5 +3,5 @@
 # Without arguments, a small NFNet on handwritten digits; the run is in runs/.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-build_environment "${NFNETS_EXTRAS-[test]}"
+build_environment
 exec "$venv/bin/nfnets" train "$@"

@@ -46,3 +46,16 @@ def test_python_that_is_too_old_or_missing(checkout, tmp_path, script, old):
   assert f"found: {old or 'no python3'}" in result.stderr
   assert "PYTHON=/path/to/python3.12" in result.stderr
   assert set(os.listdir(checkout)) == {"scripts", "setup.py"}
+
+
+def test_a_python_that_was_named_is_the_one_that_is_judged(checkout):
+  result = subprocess.run(
+    [checkout / "scripts" / "train.sh"],
+    env=os.environ | {"PYTHON": "/no/such/python"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  assert "PYTHON=/no/such/python is" in result.stderr
+  assert "Python 3.11 or newer" in result.stderr

@@ -223,11 +223,48 @@ def test_a_finished_run_started_again_says_so(finished, nfnets):
 
 
 def test_other_settings_may_change_and_are_told(copy, nfnets):
-  result = nfnets(
-    "train", f"--workdir={copy}", *TINY_RUN, "--config.optim.lr_per_256=0.5"
-  )
+  """Without --config a workdir's own config is the one that is changed."""
+  changed = (f"--workdir={copy}", "--config.optim.lr_per_256=0.5")
+  before = _snapshot(copy)
+  complete = r"complete after 44 steps.*lr_per_256: 1.0 -> 0.5.*raise config.tr"
+  _fails(nfnets("train", *changed), 1, complete)
+  assert _snapshot(copy) == before
+
+  result = nfnets("train", *changed, "--config.train.epochs=2.2")
   _last_line(result)
+  assert "from step 44" in result.stdout
   assert "optim.lr_per_256: 1.0 -> 0.5" in result.stdout
+  assert _rows(copy)[-1]["step"] == 49
+
+
+def test_a_first_start_that_failed_does_not_bind_its_workdir(nfnets, tmp_path):
+  workdir = tmp_path / "new"
+  workdir.mkdir()
+  (workdir / "config.json").write_text("{}")
+  options = [
+    *TINY_RUN,
+    "--config.train.epochs=0.1",
+    "--config=configs/digits.py",
+  ]
+  _last_line(nfnets("train", f"--workdir={workdir}", *options))
+
+
+def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
+  recipe = tmp_path / "mine.py"
+  text = (
+    "from configs import base\ndef get_config():\n  c = base.get_config()\n"
+  )
+  for lines, pattern in (
+    ("  c.train.epoch = 10\n  return c\n", r"'epoch': did you mean 'epochs'"),
+    ("  return {}\n", r"config lacks|returns a dict"),
+    ("  return c(\n", r"never closed|SyntaxError|mine.py"),
+  ):
+    recipe.write_text(text + lines)
+    _fails(nfnets("train", f"--config={recipe}", cwd=tmp_path), 2, pattern)
+  assert [p.name for p in tmp_path.iterdir() if p.is_dir()] in (
+    [],
+    ["__pycache__"],
+  )
 
 
 def test_evaluation_of_a_run_and_of_its_weights_agree(finished, nfnets):
@@ -242,7 +279,11 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(finished, nfnets):
   weights = finished / "weights.safetensors"
   config = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
   of_weights = nfnets(
-    "evaluate", f"--weights={weights}", *config, "--config.eval.batch_size=100"
+    "evaluate",
+    f"--weights={weights}",
+    "--config=configs/digits.py",
+    *config,
+    "--config.eval.batch_size=100",
   )
   top1 = results["ema"]["top1"]
   assert f"top-1 {top1:.2%}" in _last_line(of_weights)
@@ -340,6 +381,13 @@ def test_help_is_quick_and_complete(nfnets):
     (["train", "--config.data.source=digit"], r"data source 'digit': did you"),
     (["train", "--config.train.batch_size=0"], r"batch_size=0: must be more"),
     (["train", "--config.optim.ema_decay=1"], r"ema_decay=1.0: must be"),
+    (["train", "--config.train.epochs=inf"], r"epochs=inf: must be more"),
+    (["train", "--config.data.mean=1,2"], r"mean=\(1, 2\): must be three"),
+    (["train", "--config.data.std=0,0,0"], r"std=.*: must be three numbers"),
+    (["train", "--config.data.test_size=-3"], r"test_size=-3: must be more"),
+    (["train", "--config.seed=99999999999"], r"seed=99999999999: must be 0"),
+    (["train", "--config.model.final_conv_ratio=0"], r"ratio=0.0 is not pos"),
+    (["train", "--config.model.stem_width=0,8"], r"stem_width=\(0, 8\): wid"),
     (["train", "--config.train.epochs=0.01"], r"less than one step: raise"),
     (["train", "--wrokdir=x"], r"flag 'wrokdir'"),
     (["evaluate"], r"give either --workdir or --weights"),
@@ -387,6 +435,8 @@ def _snapshot(folder):
     ("--config.model.alpha=0.5", r"model.alpha: None -> 0.5"),
     ("--config.data.test_size=64", r"data.test_size: 32 -> 64"),
     ("--config.seed=1", r"seed: 0 -> 1"),
+    ("--config.train.batch_size=32", r"train.batch_size: 64 -> 32"),
+    ("--config.optim.agc_clipping=0", r"with AGC: True -> False"),
   ],
 )
 def test_workdir_of_another_run_is_left_alone(
@@ -394,7 +444,7 @@ def test_workdir_of_another_run_is_left_alone(
 ):
   before = _snapshot(finished)
   # The small network's columns would not fit F0.
-  options = [] if "f0" in override else TINY_RUN
+  options = ["--config=configs/digits.py"] if "f0" in override else TINY_RUN
   result = nfnets("train", f"--workdir={finished}", *options, override)
   _fails(result, 1, rf"holds another run \(.*{pattern}.*\): choose another")
   assert _snapshot(finished) == before

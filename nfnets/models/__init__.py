@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import haiku as hk
+import jax
+import jax.numpy as jnp
 
 from nfnets.errors import InputError, unknown
 from nfnets.models import nfnet
@@ -40,6 +42,11 @@ class Model(NamedTuple):
   def stage_of(self, module: str) -> str:
     """Part of the network a parameter's module is in: stem, stage1 .. head."""
     return nfnet.stage_of(self.variant, module)
+
+  def shapes(self) -> tuple[Any, Any]:
+    """Shapes of parameters and state, without computing them."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return jax.eval_shape(self.init, jax.random.key(0), image)
 
   def count_params(self) -> int:
     """Number of trainable scalars."""

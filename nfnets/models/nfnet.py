@@ -34,7 +34,7 @@ class Variant(NamedTuple):
   second_conv: bool = True  # The second 3x3 convolution of a block.
   se_ratio: float = 0.5  # Squeeze-excite hidden / channels; 0 leaves it out.
   alpha: float = 0.2  # Scale of the residual branch.
-  stochdepth_rate: float = 0.25  # Of the last block; linear in the index.
+  stochdepth_rate: float = 0.25  # A block's is this x index / num_blocks.
   activation: str = "gelu"
   final_conv_ratio: float = 2.0  # Channels of the last 1x1 / width[-1].
 
@@ -124,6 +124,13 @@ def check(row: Variant) -> None:
   for column in ("drop_rate", "stochdepth_rate"):
     if not 0 <= getattr(row, column) < 1:
       raise InputError(f"{column}={getattr(row, column)} is not in [0, 1)")
+  for column in ("train_size", "test_size", "final_conv_ratio"):
+    if not getattr(row, column) > 0:
+      raise InputError(f"{column}={getattr(row, column)} is not positive")
+  if not row.stem_width or min(row.stem_width) < 1:
+    raise InputError(f"stem_width={row.stem_width}: widths of 1 or more")
+  if not math.isfinite(row.alpha):
+    raise InputError(f"alpha={row.alpha} is not finite")
   if row.se_ratio < 0:
     raise InputError(f"se_ratio={row.se_ratio} is negative; 0 leaves it out")
   if row.activation not in layers.ACTIVATIONS:
