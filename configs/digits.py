@@ -5,7 +5,7 @@ enlarged to 32 px), with the optimiser and the step of the large networks.
 
     nfnets train --config=configs/digits.py
 
-Cost: under a minute on 2 CPU cores. Expect at least 98.5 % on the 360 held-out
+Cost: about a minute on 2 CPU cores. Expect at least 98.5 % on the 360 held-out
 digits, by the trained weights and by their average.
 
 `configs/digits.py:MODEL` trains another row of the variant table on them.

@@ -66,10 +66,11 @@ def save(path: str | Path, params: Any, card: Card | None = None) -> None:
   text = json.dumps(card._asdict()) if card is not None else None
   partial = path.with_name(f".partial-{path.name}")
   if path.suffix == ".safetensors":
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as to_bytes
 
-    partial.touch()  # With the permissions of any other file.
-    save_file(flat, partial, metadata={_CARD_KEY: text} if text else None)
+    # Not the library's own file writing, which only its owner could read.
+    metadata = {_CARD_KEY: text} if text else None
+    partial.write_bytes(to_bytes(flat, metadata=metadata))
   elif path.suffix == ".npz":
     if text:
       flat[_CARD_KEY] = np.frombuffer(text.encode(), np.uint8)
