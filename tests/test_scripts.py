@@ -29,10 +29,11 @@ def test_python_that_is_too_old_or_missing(checkout, tmp_path, script, old):
     (tools / name).symlink_to(shutil.which(name))
   if old:
     stub = tools / "python3"
-    stub.write_text(f'#!{tools}/bash\n[ "$1" = --version ] && echo "{old}"\n')
+    # It says what it is, and fails the project's own check.
+    stub.write_text(
+      f'#!/bin/sh\n[ "$1" = --version ] && echo "{old}" && exit\nexit 1\n'
+    )
     stub.chmod(0o755)
-    # What it says of itself is not enough: it must run the project's check.
-    stub.write_text(stub.read_text() + '[ "$1" = --version ]\n')
   result = subprocess.run(
     [tools / "bash", checkout / "scripts" / script],
     env={"PATH": str(tools)},
