@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -70,7 +69,7 @@ def over_split(
 
 def _add(total: dict[str, float], sums: Any) -> None:
   for name, value in jax.device_get(sums).items():
-    total[name] = total.get(name, 0.0) + float(np.float64(value))
+    total[name] = total.get(name, 0.0) + float(value)
 
 
 def evaluate(
