@@ -33,6 +33,14 @@ setup(
   extras_require={
     "cuda": ["jax[cuda13]"],
     "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
+    # Only to prepare ImageNet and to compare input pipelines.
+    "tensorflow": [
+      "apache-beam",
+      "array_record",
+      "importlib_resources",
+      "tensorflow-cpu",
+      "tensorflow-datasets",
+    ],
     "tpu": ["jax[tpu]"],
     "test": [
       "array_record",

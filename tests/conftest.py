@@ -16,6 +16,7 @@ import json  # noqa: E402
 import pathlib  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 import zlib  # noqa: E402
 
 import jax  # noqa: E402
@@ -66,6 +67,29 @@ def load_json(name):
   return json.loads((REFERENCE / name).read_text())
 
 
+def read_rows(workdir, kind="train"):
+  """Rows of one kind in a run's record."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def kill_when(is_time, command, environment):
+  """Starts a command and SIGKILLs it at a moment; whether it was in time."""
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.DEVNULL
+  )
+  try:
+    deadline = time.monotonic() + 120
+    while not is_time() and process.poll() is None:
+      assert time.monotonic() < deadline, "the moment never came"
+      time.sleep(0.001)
+    was_running = process.poll() is None
+  finally:
+    process.kill()
+    process.wait()
+  return was_running
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
   """Environment of started commands: one device, compilations shared."""
@@ -83,7 +107,7 @@ def environment(tmp_path_factory):
 def nfnets(environment):
   """Runs the command line in a process of its own."""
 
-  def run(*arguments, cwd=None, timeout=300, **variables):
+  def run(*arguments, cwd=None, timeout=900, **variables):
     return subprocess.run(
       [sys.executable, "-m", "nfnets.main", *map(str, arguments)],
       env=environment | variables,

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, kill_when, read_rows
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -28,11 +28,6 @@ TINY_RUN = [
   "--config.log_every_steps=1",
   "--config.checkpoint_every_steps=7",
 ]
-
-
-def _rows(workdir, kind="train"):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def _last_line(result):
@@ -87,8 +82,8 @@ def test_a_run_leaves_what_the_readme_says(finished):
     "tensorboard",
     "weights.safetensors",
   }
-  assert [row["step"] for row in _rows(finished)] == list(range(1, 45))
-  row = _rows(finished)[10]
+  assert [row["step"] for row in read_rows(finished)] == list(range(1, 45))
+  row = read_rows(finished)[10]
   expected = {"loss", "accuracy", "grad_norm", "learning_rate", "clipped/all"}
   assert expected < row.keys()
   resolved = json.loads((finished / "config.json").read_text())
@@ -97,23 +92,6 @@ def test_a_run_leaves_what_the_readme_says(finished):
   assert resolved["config"]["model"]["depth"] == [1, 1]
   steps = {path.name for path in (finished / "checkpoints").iterdir()}
   assert steps == {"35", "42", "44"}
-
-
-def _kill_when(is_time, command, environment):
-  """Starts a command and SIGKILLs it at a moment; whether it was in time."""
-  process = subprocess.Popen(
-    command, env=environment, stdout=subprocess.DEVNULL
-  )
-  try:
-    deadline = time.monotonic() + 120
-    while not is_time() and process.poll() is None:
-      assert time.monotonic() < deadline, "the moment never came"
-      time.sleep(0.001)
-    was_running = process.poll() is None
-  finally:
-    process.kill()
-    process.wait()
-  return was_running
 
 
 def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
@@ -133,7 +111,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
     return any("tmp" in p.name for p in checkpoints.glob("*"))
 
   moments = [at_step(3), while_saving, at_step(10), at_step(30)]
-  num_killed = sum(_kill_when(m, command, environment) for m in moments)
+  num_killed = sum(kill_when(m, command, environment) for m in moments)
   assert num_killed == len(moments)
   assert not (workdir / "weights.safetensors").exists()
 
@@ -141,8 +119,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
   _last_line(result)
   assert re.search(r"from step \d+", result.stdout)
   # Every number of every step, to the last bit, and the weights.
-  assert _rows(workdir) == _rows(finished)
-  assert _rows(workdir, "eval") == _rows(finished, "eval")
+  assert read_rows(workdir) == read_rows(finished)
+  assert read_rows(workdir, "eval") == read_rows(finished, "eval")
   weights = "weights.safetensors"
   assert (workdir / weights).read_bytes() == (finished / weights).read_bytes()
 
@@ -180,10 +158,10 @@ def test_two_processes_train_as_one(finished, environment, tmp_path):
   assert "done" in outputs[0][0]
   assert "done" not in outputs[1][0]
   # Dropout draws per device, so the losses are near, not equal.
-  ours, alone = _rows(workdir), _rows(finished)
+  ours, alone = read_rows(workdir), read_rows(finished)
   assert [row["step"] for row in ours] == list(range(1, 12))
   np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=0.02)
-  assert _rows(workdir, "eval")[-1]["step"] == 11
+  assert read_rows(workdir, "eval")[-1]["step"] == 11
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -234,7 +212,7 @@ def test_other_settings_may_change_and_are_told(copy, nfnets):
   _last_line(result)
   assert "from step 44" in result.stdout
   assert "optim.lr_per_256: 1.0 -> 0.5" in result.stdout
-  assert _rows(copy)[-1]["step"] == 49
+  assert read_rows(copy)[-1]["step"] == 49
 
 
 def test_a_first_start_that_failed_does_not_bind_its_workdir(nfnets, tmp_path):
@@ -272,7 +250,7 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(finished, nfnets):
   results = json.loads(_last_line(of_run))
   assert set(results) == {"raw", "ema"}
   assert results["ema"]["num_examples"] == 360
-  recorded = _rows(finished, "eval")[-1]
+  recorded = read_rows(finished, "eval")[-1]
   for kind in ("raw", "ema"):
     assert results[kind]["top1"] == recorded[f"{kind}_top1"]
 
@@ -493,7 +471,7 @@ def test_a_run_that_diverges_says_what_to_try(nfnets, tmp_path):
   assert int(found[2]) == int(found[1]) - 1
   weights = nfnets("evaluate", f"--workdir={workdir}", "--json")
   assert weights.returncode == 0
-  rows = _rows(workdir)
+  rows = read_rows(workdir)
   assert rows[-1]["step"] < int(found[1])
   assert all(np.isfinite(list(row.values())[2:]).all() for row in rows)
   assert "lower --config.optim.lr_per_256 (now 1e+09)" in result.stderr

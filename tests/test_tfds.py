@@ -112,7 +112,7 @@ def test_a_tfrecord_set_gets_the_name_of_the_converter(data_dir, tmp_path):
       text = text.replace(b"array_record", b"tfrecord")
     (root / path.name.replace("array_record", "tfrecord")).write_bytes(text)
   with pytest.raises(
-    InputError, match=r"is prepared as tfrecord.*scripts.convert_format --data"
+    InputError, match=r"prepared as tfrecord.*prepare_imagenet.sh --convert="
   ):
     _load(tmp_path)
 

@@ -1,7 +1,7 @@
 """TFDS image classification sets, ImageNet first, without TensorFlow.
 
 Read through `tfds` data sources, which need the set prepared as `array_record`
-(random access); a script of TFDS converts one prepared as `tfrecord`.
+(random access); `scripts/prepare_imagenet.sh` makes such a set or converts one.
 """
 
 from pathlib import Path
@@ -44,13 +44,12 @@ def open_builder(root: Path, name: str) -> Any:
       f"there is no prepared TFDS set {name!r} below {root}: --config.data.dir "
       f"is TFDS's data_dir ({str(error).strip().splitlines()[0]})"
     ) from None
-  file_format = builder.info.file_format.value
-  if file_format != "array_record":
+  formats = [f.value for f in builder.info.available_file_formats()]
+  if "array_record" not in formats:
     raise InputError(
-      f"{builder.data_dir} is prepared as {file_format}, which has no random "
-      "access: convert it once (with TensorFlow installed) with `python -m "
-      "tensorflow_datasets.scripts.convert_format --dataset_version_dir="
-      f"{builder.data_dir} --out_file_format=array_record --out_dir=FOLDER`"
+      f"{builder.data_dir} is prepared as {formats[0]}, which has no random "
+      "access: convert it once with `scripts/prepare_imagenet.sh --convert="
+      f"{builder.data_dir}` (TFDS's own converter; it adds to the set)"
     )
   return builder
 
