@@ -87,7 +87,12 @@ def get_config() -> ConfigDict:
   config.optim.weight_decay = 2e-5  # Coupled; not on gains and biases.
   config.optim.agc_clipping = 0.01  # Lambda of AGC; 0: no clipping.
   config.optim.agc_eps = 1e-3  # Floor of the weight norms in AGC.
-  config.optim.ema_decay = 0.99999  # Of the averaged weights, per step.
+  # Of the averaged weights, per step; 0: no average, they are the raw ones.
+  config.optim.ema_decay = 0.99999
+  # Radius of sharpness-aware minimisation; 0: none. Each device climbs by the
+  # first images of its own batch, this share of them.
+  config.optim.sam_rho = 0.0
+  config.optim.sam_share = 0.2
 
   config.eval = ConfigDict()
   config.eval.batch_size = 1024  # Images per step over all devices.

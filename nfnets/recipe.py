@@ -200,6 +200,7 @@ _RANGES = (
       "optim.weight_decay",
       "optim.agc_clipping",
       "optim.agc_eps",
+      "optim.sam_rho",
       "augment.mixup_alpha",
       "augment.randaugment_layers",
       "data.max_broken",
@@ -218,6 +219,7 @@ _RANGES = (
     lambda x: 0 <= x < 1,
     "at least 0 and below 1",
   ),
+  (("optim.sam_share",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
   (("seed",), lambda x: 0 <= x < 2**31, "0 to 2147483647"),
   (("data.mean",), lambda x: _is_color(x), "three numbers, one per colour"),
   (

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nfnets import agc, devices, losses, optim
+from nfnets import agc, devices, losses, optim, sam
 from nfnets.augment import Augment, Augmented, make_augment
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
@@ -93,6 +93,8 @@ def make_train_step(
   augment: Augment | None = None,
   precision: str = "float32",
   accumulate: int = 1,
+  sam_rho: float = 0.0,
+  sam_share: float = 0.2,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Compiles `(state, batch) -> (state, metrics)`; the old state is consumed.
 
@@ -106,11 +108,14 @@ def make_train_step(
     precision: Of activations: `float32` or `bfloat16`.
     accumulate: Micro-batches per step; gradients are averaged over them first,
       so clipping happens once, on the mean.
+    sam_rho: Radius of sharpness-aware minimisation (`nfnets.sam`); 0: none.
+      Each device climbs by its own images, and by each micro-batch anew.
+    sam_share: Of the images, for the climb.
 
   Returns:
-    The step. Metrics are scalars: loss, accuracy, grad_norm (before clipping),
-    param_norm (after the update), and for AGC `clipped/<part>`,
-    `max_ratio/<part>`.
+    The step. Metrics are scalars: loss and accuracy (with SAM, after the
+    climb), grad_norm (before clipping), param_norm (after the update), and for
+    AGC `clipped/<part>`, `max_ratio/<part>`.
   """
   dtype = compute_dtype(precision)
   augment = augment or make_augment()
@@ -130,9 +135,18 @@ def make_train_step(
     accuracy = jnp.mean(losses.is_in_top(logits, batch.labels, 1))
     return loss, (state, {"loss": loss, "accuracy": accuracy})
 
+  def grad_fn(params, state, batch: Augmented, key):
+    """-> gradient, (state, metrics): of the loss, or of the worst nearby."""
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if sam_rho:
+      ascent_key, key = jax.random.split(key)
+      part = sam.part_of(batch, sam_share)
+      uphill, _ = gradient(params, state, part, ascent_key)
+      params = sam.ascend(params, uphill, rho=sam_rho)
+    return gradient(params, state, batch, key)
+
   def mean_gradient(train_state: TrainState, batch: Augmented, key):
     """This device's gradient: the mean over its micro-batches."""
-    grad_fn = jax.grad(loss_fn, has_aux=True)
     if accumulate == 1:
       return grad_fn(train_state.params, train_state.state, batch, key)
 

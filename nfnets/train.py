@@ -77,6 +77,8 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     augment=r.make_augment(),
     precision=config.train.precision,
     accumulate=config.train.accumulate,
+    sam_rho=config.optim.sam_rho,
+    sam_share=config.optim.sam_share,
   )
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
   init = functools.partial(

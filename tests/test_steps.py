@@ -6,14 +6,18 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import SMALL, draw_params, load_json, param_shapes
 
-from nfnets import agc, augment, devices, models, optim, steps
+from nfnets import agc, augment, devices, models, optim, sam, steps
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
 
 SMALL_MODEL = models.make("nfnet_tiny", 10, **SMALL)
+ONE_BLOCK = models.make(
+  "nfnet_tiny", 10, **{k: v[:1] for k, v in SMALL.items()}
+)
 SHIFT = augment.make_augment(shift=0.125)
 IDENTITY = steps.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -33,11 +37,15 @@ def _setup(model, num_devices, **options):
   mesh = devices.make_mesh(num_devices)
   schedule = options.pop("schedule", 0.1)
   optimizer = optim.make_optimizer(schedule, stage_of=model.stage_of)
-  state = devices.create(
-    lambda: steps.init_state(model, optimizer, image_size=32, seed=0), mesh
-  )
   params = draw_params(param_shapes(model))
-  state = jax.device_get(state)._replace(params=params, ema_params=params)
+  state = steps.TrainState(
+    step=np.zeros((), np.int32),
+    params=params,
+    state={},
+    opt_state=jax.device_get(optimizer.init(params)),
+    ema_params=params,
+    ema_state={},
+  )
   defaults = {
     "normalization": IDENTITY,
     "label_smoothing": 0.1,
@@ -121,8 +129,14 @@ def test_accumulated_micro_batches_equal_one_batch():
   assert run[1][0]["clipped/all"] > 0.01
 
 
-def test_the_step_crosses_devices_only_for_gradients_and_metrics():
-  state, step, mesh = _setup(SMALL_MODEL, 4)
+@pytest.mark.parametrize(
+  ("model", "sam_rho"), [(SMALL_MODEL, 0.0), (ONE_BLOCK, 0.05)]
+)
+def test_the_step_crosses_devices_only_for_gradients_and_metrics(
+  model, sam_rho
+):
+  """SAM's climb is each device's own: it adds nothing."""
+  state, step, mesh = _setup(model, 4, sam_rho=sam_rho)
   state = devices.replicate(state, mesh)
   batch = devices.shard_batch(_batches(0, 1, 16)[0], mesh)
   hlo = step.lower(state, batch).compile().as_text()
@@ -135,9 +149,53 @@ def test_the_step_crosses_devices_only_for_gradients_and_metrics():
   num_values = sum(
     int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes
   )
-  assert (
-    num_values == SMALL_MODEL.count_params() + 2
-  )  # The loss and the accuracy.
+  assert num_values == model.count_params() + 2  # The loss and the accuracy.
+
+
+def test_sam_climbs_by_each_devices_own_images():
+  """Two devices are two micro-batches on one, and not one batch on one."""
+  batches = _batches(0, 3, 16)
+  options = {"sam_rho": 0.5, "sam_share": 0.25}
+  alone = _run(ONE_BLOCK, 1, batches, **options)
+  together = _run(ONE_BLOCK, 2, batches, **options)
+  in_turn = _run(ONE_BLOCK, 1, batches, accumulate=2, **options)
+  _assert_same_run(together, in_turn)
+  losses = [
+    [values["loss"] for values in metrics] for _, metrics in (alone, together)
+  ]
+  assert not np.allclose(*losses, rtol=1e-3)
+
+
+def test_sam_is_descent_from_where_the_climb_ended():
+  """One step against the same with gradients by hand, outside the step."""
+  (batch,) = _batches(1, 1, 8)
+  clean = {"label_smoothing": 0.0, "sam_rho": 0.3, "sam_share": 0.5}
+  state, metrics = _run(ONE_BLOCK, 1, [batch], **clean)
+  params = draw_params(param_shapes(ONE_BLOCK))
+
+  def loss_fn(params, num):
+    logits = ONE_BLOCK.apply(
+      params, {}, None, batch.images[:num], is_training=True
+    )[0]["logits"]
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.mean(log_probs[jnp.arange(num), batch.labels[:num]])
+
+  grad = jax.jit(jax.value_and_grad(loss_fn), static_argnums=1)
+  there = sam.ascend(params, grad(params, 4)[1], rho=0.3)
+  loss, gradient = grad(there, 8)
+  np.testing.assert_allclose(metrics[0]["loss"], loss, rtol=1e-5)
+  optimizer = optim.make_optimizer(0.1)
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  expected = optax.apply_updates(params, updates)
+  for module, values in expected.items():
+    for name, value in values.items():
+      np.testing.assert_allclose(
+        state.params[module][name],
+        value,
+        1e-5,
+        1e-6,
+        err_msg=f"{module}/{name}",
+      )
 
 
 def test_bfloat16_step_keeps_float32_state_and_learns_about_the_same():
