@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
 
   # Of the initial weights, dropout, stochastic depth, augmentation, data order.
   config.seed = 0
+  # Weights file to start from; its classifier stays only for the same classes.
+  config.init_from = placeholder(str)
 
   config.model = ConfigDict()
   config.model.name = "nfnet_f0"  # `nfnets info` lists them.
@@ -72,6 +74,7 @@ def get_config() -> ConfigDict:
 
   config.train = ConfigDict()
   config.train.epochs = 360.0  # May be fractional.
+  config.train.steps = placeholder(int)  # How long, instead of epochs.
   config.train.batch_size = 4096  # Images per step over all devices.
   # Micro-batches per step, to fit memory; gradients are averaged over them.
   config.train.accumulate = 1
@@ -83,6 +86,7 @@ def get_config() -> ConfigDict:
   # Peak learning rate = lr_per_256 * batch_size / 256.
   config.optim.lr_per_256 = 0.1
   config.optim.warmup_epochs = 5.0  # Linear from 0; then a half cosine to 0.
+  config.optim.warmup_steps = placeholder(int)  # Instead of warmup_epochs.
   config.optim.momentum = 0.9  # Nesterov's.
   config.optim.weight_decay = 2e-5  # Coupled; not on gains and biases.
   config.optim.agc_clipping = 0.01  # Lambda of AGC; 0: no clipping.

@@ -20,7 +20,8 @@ def _is_gain_or_bias(module: str, name: str) -> bool:
   return name in ("scale", "offset", "b") or "gain" in name or "bias" in name
 
 
-def _is_classifier_weight(module: str, name: str) -> bool:
+def is_classifier(module: str, name: str = "w") -> bool:
+  """Whether a parameter is the last layer's."""
   del name
   return "linear" in module and "squeeze_excite" not in module
 
@@ -44,9 +45,7 @@ class Group(NamedTuple):
 # section 4.1 and appendix A; the classifier's weight is better left alone).
 GROUPS = (
   Group("gains and biases", _is_gain_or_bias, clipped=True, decayed=False),
-  Group(
-    "classifier weight", _is_classifier_weight, clipped=False, decayed=True
-  ),
+  Group("classifier weight", is_classifier, clipped=False, decayed=True),
   Group("other weights", _is_any, clipped=True, decayed=True),
 )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfnets import models
+from nfnets import models, optim
 from nfnets.errors import InputError
 
 Params = dict[str, dict[str, np.ndarray]]
@@ -155,6 +155,42 @@ def check(params: Any, model: models.Model, origin: str) -> None:
     f"{origin} does not hold weights of {model.name} with "
     f"{model.num_classes} classes: {'; '.join(wrong[:3])}{more}"
   )
+
+
+def transfer(
+  params: Params,
+  fresh: Params,
+  model: models.Model,
+  *,
+  keeps_classifier: bool | None,
+  origin: str,
+) -> Params:
+  """Weights to start training `model` from.
+
+  Args:
+    params: What was loaded.
+    fresh: What the model was initialised with.
+    model: What is to be trained.
+    keeps_classifier: Whether the last layer is for the same classes; else it
+      is the fresh one. None: it is kept where it fits.
+    origin: Where the weights are from, for errors.
+
+  Raises:
+    InputError: when they are not weights of this model.
+  """
+  head = {m: v for m, v in fresh.items() if optim.is_classifier(m)}
+  if keeps_classifier is None:
+    shapes_of = lambda tree: {
+      key: value.shape
+      for key, value in _leaves(tree)
+      if key.rpartition("/")[0] in head
+    }
+    keeps_classifier = shapes_of(params) == shapes_of(fresh)
+  if not keeps_classifier:
+    params = {m: v for m, v in params.items() if not optim.is_classifier(m)}
+    params |= head
+  check(params, model, origin)
+  return {module: params[module] for module in fresh}
 
 
 def _leaves(params: Any):

@@ -35,6 +35,7 @@ _FIXED = (
   "data.tfds_name",
   "data.train_size",
   "data.train_split",
+  "init_from",
   "seed",
   "train.batch_size",
   "with AGC",
@@ -145,7 +146,10 @@ def resolve(config: ConfigDict) -> Recipe:
 
   c = config.train
   steps_per_epoch = source.train.num_examples / c.batch_size
-  total_steps = int(c.epochs * steps_per_epoch)
+  total_steps = c.steps or int(c.epochs * steps_per_epoch)
+  warmup_steps = config.optim.warmup_steps
+  if warmup_steps is None:
+    warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
   if total_steps < 1:
     raise UsageError(
       f"config.train: {c.epochs:g} epochs of {source.train.num_examples} "
@@ -168,7 +172,7 @@ def resolve(config: ConfigDict) -> Recipe:
     train_size=train_size,
     steps_per_epoch=steps_per_epoch,
     total_steps=total_steps,
-    warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+    warmup_steps=warmup_steps,
     eval_every_steps=max(1, round(config.eval.every_epochs * steps_per_epoch)),
     peak_learning_rate=config.optim.lr_per_256 * c.batch_size / 256,
   )
@@ -179,6 +183,7 @@ _RANGES = (
   (
     (
       "train.epochs",
+      "train.steps",
       "train.batch_size",
       "train.accumulate",
       "eval.batch_size",
@@ -197,6 +202,7 @@ _RANGES = (
       "data.eval_margin",
       "optim.lr_per_256",
       "optim.warmup_epochs",
+      "optim.warmup_steps",
       "optim.weight_decay",
       "optim.agc_clipping",
       "optim.agc_eps",

@@ -103,6 +103,8 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     )
     if checkpoints.latest_step() is None:
       state, position = devices.create(init, mesh), 0
+      if config.init_from is not None:
+        state = _start_from(Path(config.init_from), state, r, mesh)
     else:
       state, position = checkpoints.restore(jax.eval_shape(init), mesh)
     start = int(state.step)
@@ -183,6 +185,27 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
       title = f"{r.model.name} on {config.data.source}"
       plots.save_curves(workdir, workdir / "curves.png", title=title)
   return result
+
+
+def _start_from(
+  path: Path, state: steps.TrainState, r: recipe.Recipe, mesh: Any
+) -> steps.TrainState:
+  """A fresh state with the weights of a file."""
+  params, card = pretrained.load_with_card(path)
+  is_same = None  # Without names of classes, their number must do.
+  if card is not None:
+    is_same = card.class_names == r.card.class_names
+  params = pretrained.transfer(
+    params,
+    jax.device_get(state.params),
+    r.model,
+    keeps_classifier=is_same,
+    origin=str(path),
+  )
+  return state._replace(
+    params=devices.replicate(params, mesh),
+    ema_params=devices.replicate(params, mesh),
+  )
 
 
 class _InFlight:
@@ -271,7 +294,7 @@ def _evaluate(
 def _headline(r: recipe.Recipe, mesh: Any, workdir: Path, start: int) -> str:
   c = r.config
   device = mesh.devices.flat[0].device_kind
-  what = f"from step {start}" if start else "from scratch"
+  what = f"from step {start}" if start else f"from {c.init_from or 'scratch'}"
   if start >= r.total_steps:
     what = "is complete"
   return (

@@ -80,3 +80,40 @@ def test_weights_of_another_model_name_both_sides(params):
   ):
     pretrained.check(params, other, "here")
   pretrained.check(params, CARD.make_model(), "here")
+
+
+def _fresh(params):
+  return {
+    module: {name: np.full_like(value, 7) for name, value in values.items()}
+    for module, values in params.items()
+  }
+
+
+@pytest.mark.parametrize("keeps", [True, None])
+def test_a_start_from_weights_keeps_a_classifier_of_the_same_classes(
+  params, keeps
+):
+  model = CARD.make_model()
+  found = pretrained.transfer(
+    params, _fresh(params), model, keeps_classifier=keeps, origin="here"
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_a_start_from_weights_of_other_classes_has_a_fresh_one(
+  params, num_classes
+):
+  """Of another number of classes, or of as many with other names."""
+  model = models.make("nfnet_tiny", num_classes, **SMALL)
+  fresh = _fresh(draw_params(param_shapes(model)))
+  options = {"keeps_classifier": False, "origin": "here"}
+  found = pretrained.transfer(params, fresh, model, **options)
+  for module, values in found.items():
+    is_head = module == "NFNet/~/linear"
+    for name, value in values.items():
+      expected = fresh if is_head else params
+      np.testing.assert_array_equal(value, expected[module][name])
+  with pytest.raises(InputError, match=r"stem_conv0/gain: missing in the file"):
+    rest = {m: v for m, v in params.items() if m != "NFNet/~/stem_conv0"}
+    pretrained.transfer(rest, fresh, model, **options)

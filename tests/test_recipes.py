@@ -10,26 +10,35 @@ import json
 import pytest
 from conftest import REFERENCE
 
+from configs import finetune, nfnet_imagenet, nfnet_pretrain
 from nfnets import models
 
 RECIPES = {
-  "digits": ("digits", "nfnet_tiny"),
-  "nfnet_imagenet_F0": ("nfnet_imagenet", "F0"),
-  "nfnet_imagenet_F5": ("nfnet_imagenet", "F5"),
-  "nfnet_imagenet_F4_plus": ("nfnet_imagenet", "F4_plus"),
+  f"{name}_{variant}": (name, variant)
+  for name, variants in {
+    "digits": ["nfnet_tiny"],
+    "finetune": finetune.VARIANTS,
+    "nfnet_imagenet": nfnet_imagenet.VARIANTS,
+    "nfnet_pretrain": nfnet_pretrain.EPOCHS,
+  }.items()
+  for variant in variants
 }
 
 
 def _resolved(name):
   module, variant = RECIPES[name]
   config = importlib.import_module(f"configs.{module}").get_config(variant)
-  row = models.variant(config.model.name)
+  columns = config.model.to_dict()
+  overrides = {k: v for k, v in columns.items() if v is not None}
+  row = models.variant(overrides.pop("name"), **overrides)
+  steps = config.train.epochs * 1_281_167 / config.train.batch_size
   return {
     "config": config.to_dict(),
     "variant": row._asdict(),
-    "steps_of_imagenet": int(
-      config.train.epochs * 1_281_167 / config.train.batch_size
-    ),
+    "steps_of_imagenet": config.train.steps or int(steps),
+    "peak_learning_rate": config.optim.lr_per_256
+    * config.train.batch_size
+    / 256,
   }
 
 
@@ -55,17 +64,37 @@ def test_the_papers_values():
   assert config["optim"] == {
     "lr_per_256": 0.1,
     "warmup_epochs": 5,
+    "warmup_steps": None,
     "momentum": 0.9,
     "weight_decay": 2e-5,
     "agc_clipping": 0.01,
     "agc_eps": 1e-3,
     "ema_decay": 0.99999,
+    "sam_rho": 0.0,
+    "sam_share": 0.2,
   }
   augment = config["augment"]
   assert augment["randaugment_layers"] == 4
   assert augment["mixup_alpha"] == 0.2
   assert augment["cutmix"]
   assert found["variant"]["stochdepth_rate"] == 0.25
+
+
+def test_the_papers_fine_tuning():
+  """Appendix A.5: 15,000 steps at 0.1, a third of them warm-up, with SAM."""
+  found = _resolved("finetune_imagenet")
+  assert found["steps_of_imagenet"] == 15_000
+  assert found["peak_learning_rate"] == pytest.approx(0.1)
+  optim = found["config"]["optim"]
+  assert (optim["warmup_steps"], optim["weight_decay"]) == (5000, 1e-5)
+  assert (optim["sam_rho"], optim["sam_share"]) == (0.05, 0.2)
+  assert found["variant"]["drop_rate"] == 0.25
+  assert found["variant"]["stochdepth_rate"] == 0.1
+
+
+def test_every_recipe_has_a_golden_file_and_each_file_a_recipe():
+  files = {path.stem for path in _path("").parent.glob("*.json")}
+  assert files == set(RECIPES)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,30 @@ def test_a_run_that_is_asked_to_stop_saves_first(
   assert [p.name for p in (workdir / "checkpoints").iterdir()] == [found[1]]
 
 
+def test_a_run_starts_from_weights(finished, nfnets, tmp_path):
+  """A learning rate of zero leaves them as they were."""
+  weights = finished / "weights.safetensors"
+  result = nfnets(
+    "train",
+    f"--workdir={tmp_path}",
+    *TINY_RUN,
+    f"--config.init_from={weights}",
+    "--config.train.steps=2",
+    "--config.optim.lr_per_256=0.0",
+    "--config.optim.warmup_steps=1",
+    "--config.optim.sam_rho=0.05",
+    "--config.optim.ema_decay=0.0",
+  )
+  _last_line(result)
+  assert f"{tmp_path} from {weights}" in result.stdout
+  assert "2 steps" in result.stdout
+  (found,) = read_rows(tmp_path, "eval")
+  expected = read_rows(finished, "eval")[-1]
+  for name in ("loss", "top1", "top5"):
+    assert found[f"ema_{name}"] == expected[f"ema_{name}"], name
+    assert found[f"raw_{name}"] == expected[f"ema_{name}"], name
+
+
 def test_a_finished_run_started_again_says_so(finished, nfnets):
   before = {p: p.read_bytes() for p in finished.glob("*.jsonl")}
   result = nfnets("train", f"--workdir={finished}", *TINY_RUN)
