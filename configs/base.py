@@ -52,8 +52,11 @@ def get_config() -> ConfigDict:
   config.data.max_broken = 100  # Unreadable files that are skipped.
   config.data.train_size = placeholder(int)  # Pixels; None: the variant's.
   config.data.test_size = placeholder(int)  # Pixels; None: the variant's.
-  # Evaluation resizes to (test_size + margin)² and crops the middle, pixels.
-  config.data.eval_margin = 32
+  # How evaluation gets its square: "resize" distorts the whole image to
+  # (test_size + margin)² and crops the middle (the published NFNets), "padded"
+  # crops the middle in proportion and resizes it (the published ResNets).
+  config.data.eval_crop = "resize"
+  config.data.eval_margin = 32  # Pixels.
   # Of red, green and blue over ImageNet's training set, grey levels 0 to 255.
   config.data.mean = (123.675, 116.28, 103.53)
   config.data.std = (58.395, 57.12, 57.375)

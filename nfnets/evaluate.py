@@ -1,13 +1,15 @@
 """The story of an evaluation: every example exactly once."""
 
+import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfnets import checkpoint, devices, pretrained, recipe, steps
+from nfnets import checkpoint, devices, plots, pretrained, recipe, steps
 from nfnets.data import batches
 from nfnets.data.source import Split
 from nfnets.errors import InputError, UsageError
@@ -20,6 +22,8 @@ class Result(NamedTuple):
   top1: float  # Shares, 0 to 1.
   top5: float
   num_examples: int
+  # [K, K] int: examples of each class (row) taken for each (column), if asked.
+  confusion: np.ndarray | None = None
 
   def __str__(self) -> str:
     return (
@@ -47,7 +51,7 @@ def over_split(
     mesh: The devices.
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  total: dict[str, float] = {}
+  total: dict[str, Any] = {}
   pending = None
   for batch in batches.eval_batches(
     split,
@@ -60,27 +64,35 @@ def over_split(
       _add(total, pending)
     pending = sums
   _add(total, pending)
-  count = total.pop("count")
+  count, confusion = total.pop("count"), total.pop("confusion", None)
   return Result(
-    **{name: value / count for name, value in total.items()},
-    num_examples=round(count),
+    **{name: float(value / count) for name, value in total.items()},
+    num_examples=round(float(count)),
+    confusion=None if confusion is None else np.rint(confusion).astype(int),
   )
 
 
-def _add(total: dict[str, float], sums: Any) -> None:
+def _add(total: dict[str, Any], sums: Any) -> None:
   for name, value in jax.device_get(sums).items():
-    total[name] = total.get(name, 0.0) + float(value)
+    total[name] = total.get(name, 0.0) + np.float64(value)
 
 
 def evaluate(
-  config: ConfigDict | None, *, workdir: Path | None, weights: Path | None
+  config: ConfigDict | None,
+  *,
+  workdir: Path | None,
+  weights: Path | None,
+  details: Path | None = None,
 ) -> dict[str, Result]:
   """Evaluates a run's newest checkpoint, or a weights file, on the test split.
 
   Args:
     config: None: the one of the workdir.
     workdir: A run; its raw and averaged weights are evaluated.
-    weights: Or a weights file, which needs a config.
+    weights: Or a weights file, which needs a config to know the data. Network
+      and preparation of images are its card's, if it has one; the size of
+      images is the config's, if that has one.
+    details: Folder for `save_details` (of the averaged weights).
 
   Returns:
     Results by kind of weights: `raw` and `ema`, or `weights`.
@@ -94,11 +106,28 @@ def evaluate(
     if workdir is None:
       raise UsageError("weights also need a config to know the data")
     config = recipe.load_config(workdir)
+  card = None
+  if weights is not None:
+    params, card = pretrained.load_with_card(weights)
+    if card is not None:
+      config = _with_card(config, card)
   r = recipe.resolve(config)
   if workdir is not None:
     recipe.changes_since(r, workdir)  # Raises for another model or data set.
+  if card is not None and card.class_names != r.card.class_names:
+    raise InputError(
+      f"{weights} tells {len(card.class_names)} classes apart "
+      f"({', '.join(card.class_names[:3])}, ...), the data set has "
+      f"{len(r.card.class_names)} ({', '.join(r.card.class_names[:3])}, ...): "
+      "give the config of the data that the weights were trained on"
+    )
   mesh = devices.make_mesh(config.train.num_devices)
-  eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
+  eval_step = steps.make_eval_step(
+    r.model,
+    mesh,
+    normalization=r.normalization,
+    with_confusion=details is not None,
+  )
 
   def run(params, state):
     return over_split(
@@ -111,14 +140,60 @@ def evaluate(
     )
 
   if weights is not None:
-    params = pretrained.load(weights)
     pretrained.check(params, r.model, str(weights))
-    return {"weights": run(devices.replicate(params, mesh), {})}
-  found = load_workdir(workdir, r.model, mesh)
-  return {
-    "raw": run(found["params"], found["state"]),
-    "ema": run(found["ema_params"], found["ema_state"]),
-  }
+    results = {"weights": run(devices.replicate(params, mesh), {})}
+  else:
+    found = load_workdir(workdir, r.model, mesh)
+    results = {
+      "raw": run(found["params"], found["state"]),
+      "ema": run(found["ema_params"], found["ema_state"]),
+    }
+  if details is not None and devices.is_first_host():
+    *_, last = results.values()
+    save_details(details, last, r.card.class_names)
+  return results
+
+
+def _with_card(config: ConfigDict, card: pretrained.Card) -> ConfigDict:
+  """A config with the network of a card, images prepared as it says."""
+  config = config.copy_and_resolve_references()
+  for column in config.model:
+    config.model[column] = card.overrides.get(column)
+  config.model.name = card.model
+  config.data.mean, config.data.std = card.mean, card.std
+  config.data.eval_crop = card.crop
+  config.data.eval_margin = card.margin
+  if config.data.test_size is None:
+    config.data.test_size = card.image_size
+  return config
+
+
+def save_details(
+  folder: Path, result: Result, class_names: tuple[str, ...]
+) -> None:
+  """Writes what a single number hides, from a result with its confusion.
+
+  `per_class.csv`: of each class how many images, the share that was right, and
+  what it was most often mistaken for; `confusion.csv` and `confusion.png`: how
+  many images of each class (row) were taken for each (column).
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  confusion = result.confusion
+  with (folder / "per_class.csv").open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["class", "images", "top1", "mistaken_for", "times"])
+    for i, (name, row) in enumerate(zip(class_names, confusion, strict=True)):
+      num, wrong = row.sum(), np.where(np.arange(len(row)) == i, 0, row)
+      worst = wrong.argmax()
+      mistaken = (class_names[worst], wrong[worst]) if wrong.any() else ("", 0)
+      top1 = f"{row[i] / num:.4f}" if num else ""
+      writer.writerow([name, num, top1, *mistaken])
+  with (folder / "confusion.csv").open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["class", *class_names])
+    for name, row in zip(class_names, confusion, strict=True):
+      writer.writerow([name, *row])
+  plots.save_confusion(confusion, class_names, folder / "confusion.png")
 
 
 def load_workdir(workdir: Path, model: Any, mesh: Mesh) -> dict[str, Any]:

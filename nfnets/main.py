@@ -83,6 +83,12 @@ def _make_parser() -> argparse.ArgumentParser:
   command.add_argument("--weights", type=Path, help="or a weights file")
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument("--json", action="store_true", help="print JSON")
+  command.add_argument(
+    "--details",
+    type=Path,
+    metavar="FOLDER",
+    help="also write per_class.csv, confusion.csv and confusion.png there",
+  )
 
   command = add("predict", _predict, "Classify image files.")
   command.add_argument(
@@ -146,13 +152,22 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
   from nfnets import evaluate
 
   results = evaluate.evaluate(
-    config, workdir=args.workdir, weights=args.weights
+    config,
+    workdir=args.workdir,
+    weights=args.weights,
+    details=args.details,
   )
   if args.json:
-    print(json.dumps({kind: r._asdict() for kind, r in results.items()}))
+    means = {
+      kind: {k: v for k, v in result._asdict().items() if k != "confusion"}
+      for kind, result in results.items()
+    }
+    print(json.dumps(means))
   else:
     for kind, result in results.items():
       print(f"{kind:8}{result}")
+    if args.details:
+      print(f"per class: {args.details}")
 
 
 def _predict(args: argparse.Namespace, rest: list[str]) -> int:

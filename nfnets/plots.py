@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from nfnets import metrics
 
 _TRAIN = "#4c78a8"
@@ -76,3 +78,28 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
     if axis.get_legend_handles_labels()[0]:
       axis.legend(frameon=False, fontsize=8, ncols=2 if axis is clipped else 1)
   figure.savefig(path, dpi=150)
+
+
+def save_confusion(
+  confusion: np.ndarray, class_names: tuple[str, ...], path: Path
+) -> None:
+  """Draws which classes (rows) were taken for which, in shares of a row."""
+  from matplotlib.figure import Figure
+
+  num = len(class_names)
+  is_small = num <= 30  # Names and numbers still fit.
+  shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+  side = max(4.0, 0.45 * num) if is_small else 10.0
+  figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+  axis = figure.subplots()
+  image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+  figure.colorbar(image, label="share of the class", shrink=0.8)
+  axis.set(xlabel="taken for", ylabel="class")
+  if is_small:
+    axis.set_xticks(range(num), class_names, rotation=90)
+    axis.set_yticks(range(num), class_names)
+    for i, j in np.argwhere(confusion):
+      color = "white" if shares[i, j] > 0.5 else "black"
+      text = f"{confusion[i, j]}"
+      axis.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
+  figure.savefig(path, dpi=120)

@@ -64,14 +64,14 @@ def predict(
     return jax.lax.top_k(jax.nn.softmax(outputs["logits"]), top)
 
   batch_size = min(batch_size, len(found))
-  size = card.image_size
+  size, crop = card.image_size, images.EVAL_CROPS[card.crop]
   for start in range(0, len(found), batch_size):
     batch = np.zeros((batch_size, size, size, 3), np.float32)
     failures = {}
     chunk = found[start : start + batch_size]
     for i, path in enumerate(chunk):
       try:
-        batch[i] = images.resize_crop(images.read(path), size, card.margin)
+        batch[i] = crop(images.read(path), size, card.margin)
       except InputError as error:
         failures[path] = str(error)
     values, classes = jax.device_get(classify(params, state, batch))

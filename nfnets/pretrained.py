@@ -29,6 +29,7 @@ class Card(NamedTuple):
   overrides: dict[str, Any]  # Columns that differ from the table.
   class_names: tuple[str, ...]
   image_size: int  # Pixels, evaluation.
+  crop: str  # Of `data.images.EVAL_CROPS`: how images get to that size.
   margin: int  # Resized to image_size + margin before the middle is cropped.
   mean: tuple[float, ...]  # Per colour, grey levels 0 to 255.
   std: tuple[float, ...]

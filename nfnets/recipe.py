@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import base
 from nfnets import models, optim, pretrained
 from nfnets.augment import Augment, make_augment
-from nfnets.data import sources
+from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
 from nfnets.errors import InputError, UsageError, unknown
 from nfnets.steps import Normalization
@@ -25,6 +25,7 @@ _FILE = "config.json"
 # What a workdir is bound to, besides the model.
 _FIXED = (
   "classes",
+  "data.eval_crop",
   "data.eval_margin",
   "data.held_out_share",
   "data.mean",
@@ -133,7 +134,7 @@ def resolve(config: ConfigDict) -> Recipe:
   d = config.data
   source = sources.load(
     d.source,
-    sizes=Sizes(train_size, test_size, d.eval_margin),
+    sizes=Sizes(train_size, test_size, d.eval_margin, d.eval_crop),
     directory=d.dir,
     tfds_name=d.tfds_name,
     train_split=d.train_split,
@@ -165,6 +166,7 @@ def resolve(config: ConfigDict) -> Recipe:
       overrides=overrides,
       class_names=source.class_names,
       image_size=test_size,
+      crop=config.data.eval_crop,
       margin=config.data.eval_margin,
       mean=config.data.mean,
       std=config.data.std,
@@ -262,8 +264,12 @@ def _check_values(config: ConfigDict) -> None:
     for key in keys:
       if flat[key] is not None and not is_good(flat[key]):
         raise UsageError(f"config.{key}={flat[key]}: must be {what}")
-  if config.augment.partners not in PARTNERS:
-    raise unknown("augment.partners", config.augment.partners, PARTNERS)
+  for key, values in (
+    ("augment.partners", PARTNERS),
+    ("data.eval_crop", images.EVAL_CROPS),
+  ):
+    if flat[key] not in values:
+      raise unknown(key, flat[key], values)
 
 
 def changes_since(recipe: Recipe, workdir: Path) -> list[str]:

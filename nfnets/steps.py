@@ -215,12 +215,17 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: Model, mesh: Mesh, *, normalization: Normalization
+  model: Model,
+  mesh: Mesh,
+  *,
+  normalization: Normalization,
+  with_confusion: bool = False,
 ) -> Callable[[hk.Params, hk.State, Batch], Metrics]:
   """Compiles `(params, state, batch) -> sums over the unmasked examples`.
 
   Always in float32, as published. The sums are float32 scalars: loss (nats, no
-  smoothing), top1, top5, count.
+  smoothing), top1, top5, count; and on request confusion [K, K], how many
+  examples of each class (row) were taken for each (column).
   """
 
   def eval_step(params, state, batch: Batch):
@@ -239,6 +244,10 @@ def make_eval_step(
       name: jnp.sum(jnp.where(batch.mask > 0, values, 0))
       for name, values in each.items()
     }
+    if with_confusion:
+      counts = jnp.zeros((model.num_classes, model.num_classes))
+      predicted = jnp.argmax(logits, axis=-1)
+      sums["confusion"] = counts.at[batch.labels, predicted].add(batch.mask)
     return jax.lax.psum(sums, devices.AXIS)
 
   return devices.data_parallel(eval_step, mesh, in_batch=(False, False, True))

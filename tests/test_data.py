@@ -111,7 +111,7 @@ def test_evaluation_preprocessing_is_the_published_one():
   expected = np.load(REFERENCE / "eval_preprocess.npz")
   ours = images.resize_crop(expected["decoded"], 96, 32)
   np.testing.assert_allclose(ours, expected["resize_crop"], atol=1e-3)
-  ours = images.padded_centre_crop(expected["decoded"], 96)
+  ours = images.EVAL_CROPS["padded"](expected["decoded"], 96, 32)
   np.testing.assert_allclose(ours, expected["padded_center_crop"], atol=1e-3)
 
 

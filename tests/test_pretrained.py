@@ -15,6 +15,7 @@ CARD = pretrained.Card(
   overrides=SMALL,
   class_names=("ant", "bee", "çat"),
   image_size=32,
+  crop="resize",
   margin=0,
   mean=(1.0, 2.0, 3.0),
   std=(4.0, 5.0, 6.0),

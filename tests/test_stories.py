@@ -3,6 +3,7 @@
 Each command is a process of its own, as a user starts it.
 """
 
+import csv
 import json
 import os
 import re
@@ -269,7 +270,9 @@ def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
   )
 
 
-def test_evaluation_of_a_run_and_of_its_weights_agree(finished, nfnets):
+def test_evaluation_of_a_run_and_of_its_weights_agree(
+  finished, nfnets, tmp_path
+):
   of_run = nfnets("evaluate", f"--workdir={finished}", "--json")
   results = json.loads(_last_line(of_run))
   assert set(results) == {"raw", "ema"}
@@ -279,17 +282,55 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(finished, nfnets):
     assert results[kind]["top1"] == recorded[f"{kind}_top1"]
 
   weights = finished / "weights.safetensors"
-  config = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
   of_weights = nfnets(
     "evaluate",
     f"--weights={weights}",
     "--config=configs/digits.py",
-    *config,
+    # Of the recipe only the data counts: the weights say how to see it.
+    "--config.data.mean=1.0,2.0,3.0",
     "--config.eval.batch_size=100",
+    f"--details={tmp_path}",
   )
   top1 = results["ema"]["top1"]
-  assert f"top-1 {top1:.2%}" in _last_line(of_weights)
+  assert f"top-1 {top1:.2%}" in of_weights.stdout
   assert "(360 images)" in of_weights.stdout
+  assert _last_line(of_weights) == f"per class: {tmp_path}"
+
+  with (tmp_path / "confusion.csv").open() as file:
+    header, *table = csv.reader(file)
+  assert header[1:] == [row[0] for row in table] == list("0123456789")
+  confusion = np.array([row[1:] for row in table], int)
+  assert confusion.sum() == 360
+  assert np.trace(confusion) == round(360 * top1)
+  with (tmp_path / "per_class.csv").open() as file:
+    for i, row in enumerate(csv.DictReader(file)):
+      assert row["class"] == str(i)
+      assert int(row["images"]) == confusion[i].sum()
+      share = confusion[i, i] / confusion[i].sum()
+      assert float(row["top1"]) == pytest.approx(share, abs=1e-4)
+      if int(row["times"]):
+        assert confusion[i, int(row["mistaken_for"])] == int(row["times"])
+  with Image.open(tmp_path / "confusion.png") as picture:
+    assert min(picture.size) > 300
+
+
+def test_evaluation_on_other_classes_is_refused(finished, nfnets, tmp_path):
+  for name in ("cat", "dog"):
+    folder = tmp_path / name
+    folder.mkdir()
+    for i in range(3):
+      Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(folder / f"{i}.png")
+  result = nfnets(
+    "evaluate",
+    f"--weights={finished / 'weights.safetensors'}",
+    "--config=configs/digits.py",
+    "--config.data.source=folder",
+    f"--config.data.dir={tmp_path}",
+    "--config.train.batch_size=2",
+  )
+  _fails(
+    result, 1, r"tells 10 classes apart \(0, 1, 2, ...\), the data set has 2"
+  )
 
 
 def test_prediction_from_a_run_and_from_its_weights_agree(

@@ -56,8 +56,10 @@ def _draw(
   return top, left, h, w
 
 
-def padded_centre_window(height: int, width: int, *, size: int) -> Window:
-  """The middle square of side `size / (size + 32)` of the shorter side."""
-  scale = min(height, width) / (size + 32)
+def padded_centre_window(
+  height: int, width: int, *, size: int, margin: int = 32
+) -> Window:
+  """The middle square of side `size / (size + margin)` of the shorter side."""
+  scale = min(height, width) / (size + margin)
   side = max(1, int(scale * size))
   return (height - side + 1) // 2, (width - side + 1) // 2, side, side

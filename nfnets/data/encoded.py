@@ -60,6 +60,8 @@ def make_split(
     broken: Where files are counted that cannot be read.
   """
 
+  crop_to_test = images.EVAL_CROPS[sizes.test_crop]
+
   def read(indices: np.ndarray, seeds: np.ndarray | None) -> Examples:
     num = len(indices)
     size = sizes.test if seeds is None else sizes.train
@@ -79,7 +81,7 @@ def make_split(
           out[at] = 0
           continue
         if seeds is None:
-          out[at] = images.resize_crop(image, size, sizes.test_margin)
+          out[at] = crop_to_test(image, size, sizes.test_margin)
         else:
           _random_crop(image, seeds[at], out[at])
         is_good[at] = True

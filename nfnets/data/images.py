@@ -169,14 +169,16 @@ def resize_crop(image: np.ndarray, size: int, margin: int) -> np.ndarray:
   return _resize_part(image, size + margin, (margin + 1) // 2, size)
 
 
-def padded_centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-  """The middle square with a 32 px margin in proportion, resized to `size`.
+def padded_centre_crop(
+  image: np.ndarray, size: int, margin: int = 32
+) -> np.ndarray:
+  """The middle square with a margin in proportion, resized to `size`.
 
-  The evaluation preprocessing of the released ResNets. Returns as
-  `resize_crop`.
+  With margin 32 the evaluation preprocessing of the released ResNets. Returns
+  as `resize_crop`.
   """
   top, left, height, width = crops.padded_centre_window(
-    *image.shape[:2], size=size
+    *image.shape[:2], size=size, margin=margin
   )
   return resize(image[top : top + height, left : left + width], size)
 
@@ -184,3 +186,7 @@ def padded_centre_crop(image: np.ndarray, size: int) -> np.ndarray:
 def to_uint8(image: np.ndarray) -> np.ndarray:
   """Rounds to the nearest grey level within 0 to 255."""
   return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
+# (image, size, margin) -> float32 [size, size, C], by name.
+EVAL_CROPS = {"resize": resize_crop, "padded": padded_centre_crop}

@@ -45,3 +45,4 @@ class Sizes(NamedTuple):
   train: int  # Pixels, side of a training image.
   test: int  # Pixels, side of an evaluation image.
   test_margin: int  # Pixels around it before the middle is cropped.
+  test_crop: str = "resize"  # Of `images.EVAL_CROPS`.
