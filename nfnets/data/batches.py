@@ -1,8 +1,8 @@
 """From a split to batches: order, sharding by host, padding, reading ahead.
 
-The training order and every random crop are functions of (seed, place in the
-stream) alone, so a position is one number and a resumed run sees exactly the
-examples that were left, cropped as they would have been.
+The training order and every random crop are functions of seed, batch size and
+place in the stream alone, so a position is one number and a resumed run sees
+exactly the examples that were left, cropped as they would have been.
 """
 
 import queue
@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from nfnets.data import crops
 from nfnets.data.batch import Batch
 from nfnets.data.source import Examples, Split
 from nfnets.errors import InputError
 
 # Streams of examples: those that are trained on, those they are mixed with.
 _MAIN, _PARTNERS = 0, 1
+_CROPS = 2  # Sets the random numbers of crops apart from those of orders.
 
 
 def epoch_order(
@@ -64,14 +66,11 @@ class TrainBatches:
     return self
 
   def __next__(self) -> Batch:
-    places = np.arange(self.position, self.position + self._batch_size)
-    places = places[self._mine]
-    indices = [self._index(int(at), s) for s in self._streams for at in places]
-    seeds = [(self._seed, s, at) for s in self._streams for at in places]
-    read = self._split.read(np.array(indices), np.array(seeds, np.uint64))
-    images, labels = _without_bad(read)
+    parts = [self._part(stream) for stream in self._streams]
+    indices, draws = map(np.concatenate, zip(*parts, strict=True))
+    images, labels = _without_bad(self._split.read(indices, draws))
     self.position += self._batch_size
-    num = len(places)
+    num = len(parts[0][0])
     batch = Batch(images[:num], labels[:num], np.ones(num, np.float32))
     if len(self._streams) > 1:
       batch = batch._replace(
@@ -79,14 +78,27 @@ class TrainBatches:
       )
     return batch
 
-  def _index(self, at: int, stream: int) -> int:
-    epoch, place = divmod(at, self._split.num_examples)
+  def _part(self, stream: int) -> tuple[np.ndarray, np.ndarray]:
+    """This host's examples of the next batch of a stream, and their draws."""
+    places = np.arange(self.position, self.position + self._batch_size)
+    epochs, places = np.divmod(places[self._mine], self._split.num_examples)
+    indices = [
+      self._order(int(epoch), stream)[places[epochs == epoch]]
+      for epoch in np.unique(epochs)
+    ]
+    # Drawn for the batch of all hosts, so that their number does not matter.
+    key = (self._seed, _CROPS, stream, self.position)
+    shape = (self._batch_size, *crops.DRAWS)
+    draws = np.random.default_rng(key).random(shape)[self._mine]
+    return np.concatenate(indices), draws
+
+  def _order(self, epoch: int, stream: int) -> np.ndarray:
     if stream not in self._orders or self._orders[stream][0] != epoch:
       order = epoch_order(
         self._split.num_examples, seed=self._seed, epoch=epoch, stream=stream
       )
       self._orders[stream] = (epoch, order)
-    return self._orders[stream][1][place]
+    return self._orders[stream][1]
 
 
 def _without_bad(read: Examples) -> tuple[np.ndarray, np.ndarray]:

@@ -5,12 +5,11 @@ A window is (top, left, height, width) in pixels of the decoded image.
 
 import math
 
-import numpy as np
-
 Window = tuple[int, int, int, int]
 
 # Of the released pipeline (TensorFlow's `sample_distorted_bounding_box`).
 _ATTEMPTS = 10
+DRAWS = (_ATTEMPTS, 4)  # Random numbers that one image needs.
 _AREA = (0.08, 1.0)  # Share of the image.
 _ASPECT = (3 / 4, 4 / 3)  # Width / height.
 # At least this share must be covered too, so areas of 8 to 10 % are redrawn.
@@ -18,25 +17,30 @@ _MIN_COVERED = 0.1
 
 
 def random_window(
-  height: int, width: int, rng: np.random.Generator, *, size: int
+  height: int, width: int, draws: list[list[float]], *, size: int
 ) -> Window:
   """A training crop: random aspect, then height, then place, all uniform.
 
   Falls back to the evaluation's padded centre crop for `size` when ten draws
   give nothing (a very long image).
+
+  Args:
+    height, width: Of the image.
+    draws: Random numbers, 0 to 1, of shape `DRAWS`.
+    size: Of the crop once it is resized.
   """
-  for _ in range(_ATTEMPTS):
-    aspect = rng.uniform(*_ASPECT)
-    window = _draw(height, width, aspect, rng)
+  for numbers in draws:
+    window = _draw(height, width, *numbers)
     if window is not None and window[2:] != (height, width):
       return window
   return padded_centre_window(height, width, size=size)
 
 
 def _draw(
-  height: int, width: int, aspect: float, rng: np.random.Generator
+  height: int, width: int, shape: float, extent: float, y: float, x: float
 ) -> Window | None:
   """One attempt: a height uniform between those of the smallest and largest."""
+  aspect = _ASPECT[0] + shape * (_ASPECT[1] - _ASPECT[0])
   low, high = (
     round(math.sqrt(share * height * width / aspect)) for share in _AREA
   )
@@ -47,13 +51,11 @@ def _draw(
   low = min(low, high)
   if low < 1:
     return None
-  h = int(rng.integers(low, high + 1))
+  h = low + int(extent * (high - low + 1))
   w = round(h * aspect)
   if not _MIN_COVERED * height * width <= h * w or w < 1:
     return None
-  top = int(rng.integers(0, height - h)) if h < height else 0
-  left = int(rng.integers(0, width - w)) if w < width else 0
-  return top, left, h, w
+  return int(y * max(1, height - h)), int(x * max(1, width - w)), h, w
 
 
 def padded_centre_window(

@@ -3,10 +3,12 @@
 The decoders leave Python's lock, so threads of one process use all cores.
 """
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,34 @@ class Broken:
     warnings.warn(f"skipped: {error}", stacklevel=1)
 
 
+class Buffers:
+  """Memory for batches, used again as soon as nobody else holds it.
+
+  Fresh memory would cost a tenth of the decoding in page faults. Views of an
+  array, and a device that reads from it, hold it too. Not for several threads.
+  """
+
+  def __init__(self):
+    self._kept: list[np.ndarray] = []
+
+  def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array whose content is undefined."""
+    for i in range(len(self._kept)):  # No other name for it: that would hold.
+      is_fitting = self._kept[i].shape == shape and self._kept[i].dtype == dtype
+      if is_fitting and _num_holders(self._kept, i) == _UNHELD:
+        return self._kept[i]
+    self._kept.append(np.empty(shape, dtype))
+    return self._kept[-1]
+
+
+def _num_holders(arrays: list[np.ndarray], i: int) -> int:
+  return sys.getrefcount(arrays[i])
+
+
+# Of an array that only a list holds.
+_UNHELD = _num_holders([np.empty(0)], 0)
+
+
 def make_split(
   num_examples: int,
   fetch: Callable[[int], tuple[bytes, int, str]],
@@ -60,14 +90,15 @@ def make_split(
     broken: Where files are counted that cannot be read.
   """
 
+  buffers = Buffers()
   crop_to_test = images.EVAL_CROPS[sizes.test_crop]
 
-  def read(indices: np.ndarray, seeds: np.ndarray | None) -> Examples:
+  def read(indices: np.ndarray, draws: np.ndarray | None) -> Examples:
     num = len(indices)
-    size = sizes.test if seeds is None else sizes.train
+    size = sizes.test if draws is None else sizes.train
     # Training rounds to grey levels; evaluation keeps what was published.
-    dtype = np.float32 if seeds is None else np.uint8
-    out = np.empty((num, size, size, 3), dtype)
+    dtype = np.float32 if draws is None else np.uint8
+    out = buffers.take((num, size, size, 3), dtype)
     labels = np.zeros(num, np.int32)
     is_good = np.zeros(num, bool)
 
@@ -80,14 +111,14 @@ def make_split(
           broken.add(name, error)
           out[at] = 0
           continue
-        if seeds is None:
+        if draws is None:
           out[at] = crop_to_test(image, size, sizes.test_margin)
         else:
-          _random_crop(image, seeds[at], out[at])
+          _random_crop(image, draws[at].tolist(), out[at])
         is_good[at] = True
 
-    # A few parts per thread even out images of different sizes.
-    step = max(1, num // (4 * pool._max_workers))
+    # Small parts, so that all threads are busy to the end.
+    step = 16
     parts = [range(i, min(i + step, num)) for i in range(0, num, step)]
     list(pool.map(fill, parts))  # The list raises what a thread raised.
     return Examples(out, labels, is_good)
@@ -95,7 +126,9 @@ def make_split(
   return Split(num_examples, read)
 
 
-def _random_crop(image: np.ndarray, seed: np.ndarray, out: np.ndarray) -> None:
+def _random_crop(
+  image: np.ndarray, draws: list[list[float]], out: np.ndarray
+) -> None:
   """Writes a random crop of [H, W, 3] into uint8 [size, size, 3].
 
   Bicubic by OpenCV, whose kernel (a = -0.75) is a little sharper than the
@@ -103,10 +136,9 @@ def _random_crop(image: np.ndarray, seed: np.ndarray, out: np.ndarray) -> None:
   """
   import cv2
 
-  rng = np.random.default_rng(seed)
   size = out.shape[0]
   top, left, height, width = crops.random_window(
-    *image.shape[:2], rng, size=size
+    *image.shape[:2], draws, size=size
   )
   part = image[top : top + height, left : left + width]
   cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)

@@ -22,8 +22,8 @@ class Split(NamedTuple):
 
   Attributes:
     num_examples: How many there are.
-    read: `(indices [n], seeds) -> Examples`. With seeds [n, 2] (training) each
-      image is cropped at random as its two numbers say; with None
+    read: `(indices [n], draws) -> Examples`. With draws [n, *crops.DRAWS]
+      (training) each image is cropped at random as its numbers say; with None
       (evaluation) none is.
   """
 

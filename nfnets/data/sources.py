@@ -90,18 +90,16 @@ def _tfds(
   if not tfds_name:
     raise UsageError("config.data.source=tfds needs --config.data.tfds_name")
   builder = tfds_source.open_builder(directory, tfds_name)
-  image_key, label_key = tfds_source.keys(builder)
+  _, label_key = tfds_source.keys(builder)
 
   def split(name: str) -> Split:
-    data = tfds_source.open_split(builder, name, image_key=image_key)
+    num_examples, read = tfds_source.open_split(builder, name)
 
     def fetch(index: int) -> tuple[bytes, int, str]:
-      example = data[index]
-      label = int(example[label_key])
-      return example[image_key], label, f"{tfds_name} {name} [{index}]"
+      return *read(index), f"{tfds_name} {name} [{index}]"
 
     return encoded.make_split(
-      len(data), fetch, sizes=sizes, pool=pool, broken=broken
+      num_examples, fetch, sizes=sizes, pool=pool, broken=broken
     )
 
   names = builder.info.features[label_key].names
@@ -127,8 +125,8 @@ def _folder(
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
-  def read(indices: np.ndarray, seeds: np.ndarray | None) -> Examples:
-    del seeds  # Whole images, as they are.
+  def read(indices: np.ndarray, draws: np.ndarray | None) -> Examples:
+    del draws  # Whole images, as they are.
     good = np.ones(len(indices), bool)
     return Examples(images[indices], labels[indices], good)
 
