@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Compares ways to feed the F0 recipe on this machine's cores:
+# `scripts/benchmark_input.sh --help`. TensorFlow, for the published pipeline,
+# gets an environment of its own.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+venv=$root/.venv-tensorflow NFNETS_EXTRAS=[tensorflow]
+build_environment
+export TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
+exec "$venv/bin/python" "$root/scripts/benchmark_input.py" "$@"
