@@ -6,6 +6,7 @@ checkpoint, bit for bit as if it had never stopped.
 
 import collections
 import contextlib
+import fcntl
 import functools
 import math
 import signal
@@ -98,6 +99,8 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
   ):
     changes = recipe.changes_since(r, workdir)
   with contextlib.ExitStack() as stack:
+    if is_first_host:
+      stack.enter_context(_locked(workdir))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
@@ -327,6 +330,23 @@ def _advice(
     f"{config.optim.agc_clipping:g}), or more warmup_epochs (now "
     f"{config.optim.warmup_epochs:g})"
   )
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path):
+  """Keeps a second process out of a workdir; one that dies leaves no lock."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / ".lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise InputError(
+        f"another process is training in {workdir}: wait for it, stop it, or "
+        "choose another --workdir"
+      ) from None
+    except OSError:
+      pass  # A file system without locks.
+    yield
 
 
 class _Stop:

@@ -37,6 +37,22 @@ def test_nothing_to_do_changes_nothing():
   np.testing.assert_array_equal(out.share, np.ones(4))
 
 
+def test_compiled_or_not_it_is_the_same():
+  """Up to mixing, whose rounding may differ in the last bit."""
+  batch = _batch(6, with_partners=True)
+  mix = augment.make_augment(flip=True, shift=0.1, mixup_alpha=0.2, cutmix=True)
+  plain = mix(KEY, jnp.arange(6), batch)
+  compiled = jax.jit(mix)(KEY, jnp.arange(6), batch)
+  for ours, theirs in zip(compiled, plain, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+  transform = augment.make_augment(
+    flip=True, randaugment_layers=2, randaugment_magnitude=10
+  )
+  plain = transform(KEY, jnp.arange(6), batch)
+  compiled = jax.jit(transform)(KEY, jnp.arange(6), batch)
+  np.testing.assert_array_equal(compiled.images, plain.images)
+
+
 def test_shift_moves_each_image_within_its_reach():
   batch = _points(300)
   out = augment.make_augment(shift=0.125)(KEY, jnp.arange(300), batch)

@@ -4,6 +4,7 @@ Each command is a process of its own, as a user starts it.
 """
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -74,7 +75,7 @@ def digit_files(tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_readme_says(finished):
-  names = {path.name for path in finished.iterdir()}
+  names = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
   assert names == {
     "checkpoints",
     "config.json",
@@ -191,6 +192,15 @@ def test_a_run_that_is_asked_to_stop_saves_first(
   )
   assert found, errors
   assert [p.name for p in (workdir / "checkpoints").iterdir()] == [found[1]]
+
+
+def test_a_workdir_in_use_is_refused(copy, nfnets):
+  before = _snapshot(copy)
+  with (copy / ".lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    result = nfnets("train", f"--workdir={copy}", *TINY_RUN)
+  _fails(result, 1, r"another process is training in .*: wait for it, stop it")
+  assert _snapshot(copy) == before
 
 
 def test_a_run_starts_from_weights(finished, nfnets, tmp_path):
