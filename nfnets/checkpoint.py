@@ -6,6 +6,7 @@ leaves the previous checkpoint as the newest). One item per use: `weights` is
 all that evaluation and prediction read.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,9 @@ class Checkpoints:
   def _restore(self, **items: Any) -> Any:
     step = self.latest_step()
     hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
+    # Nor does asyncio tell of each array that could not be read.
+    log = logging.getLogger("asyncio")
+    was_disabled, log.disabled = log.disabled, True
     try:
       restored = self._manager.restore(
         step, args=self._ocp.args.Composite(**items)
@@ -126,7 +130,7 @@ class Checkpoints:
         f"the checkpoint {self.folder(step)} is damaged or of another model "
         f"({reason}): {to_do}"
       ) from error
-    sys.unraisablehook = hook
+    sys.unraisablehook, log.disabled = hook, was_disabled
     return restored
 
 

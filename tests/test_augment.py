@@ -38,19 +38,13 @@ def test_nothing_to_do_changes_nothing():
 
 
 def test_compiled_or_not_it_is_the_same():
-  """Up to mixing, whose rounding may differ in the last bit."""
+  """Up to the last bit of mixing; RandAugment's own tests compare it."""
   batch = _batch(6, with_partners=True)
   mix = augment.make_augment(flip=True, shift=0.1, mixup_alpha=0.2, cutmix=True)
   plain = mix(KEY, jnp.arange(6), batch)
   compiled = jax.jit(mix)(KEY, jnp.arange(6), batch)
   for ours, theirs in zip(compiled, plain, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
-  transform = augment.make_augment(
-    flip=True, randaugment_layers=2, randaugment_magnitude=10
-  )
-  plain = transform(KEY, jnp.arange(6), batch)
-  compiled = jax.jit(transform)(KEY, jnp.arange(6), batch)
-  np.testing.assert_array_equal(compiled.images, plain.images)
 
 
 def test_shift_moves_each_image_within_its_reach():

@@ -18,6 +18,7 @@ SMALL_MODEL = models.make("nfnet_tiny", 10, **SMALL)
 ONE_BLOCK = models.make(
   "nfnet_tiny", 10, **{k: v[:1] for k, v in SMALL.items()}
 )
+SAM = {"sam_rho": 0.5, "sam_share": 0.25}
 SHIFT = augment.make_augment(shift=0.125)
 IDENTITY = steps.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -155,10 +156,9 @@ def test_the_step_crosses_devices_only_for_gradients_and_metrics(
 def test_sam_climbs_by_each_devices_own_images():
   """Two devices are two micro-batches on one, and not one batch on one."""
   batches = _batches(0, 3, 16)
-  options = {"sam_rho": 0.5, "sam_share": 0.25}
-  alone = _run(ONE_BLOCK, 1, batches, **options)
-  together = _run(ONE_BLOCK, 2, batches, **options)
-  in_turn = _run(ONE_BLOCK, 1, batches, accumulate=2, **options)
+  alone = _run(ONE_BLOCK, 1, batches, **SAM)
+  together = _run(ONE_BLOCK, 2, batches, **SAM)
+  in_turn = _run(ONE_BLOCK, 1, batches, accumulate=2, **SAM)
   _assert_same_run(together, in_turn)
   losses = [
     [values["loss"] for values in metrics] for _, metrics in (alone, together)
@@ -168,21 +168,20 @@ def test_sam_climbs_by_each_devices_own_images():
 
 def test_sam_is_descent_from_where_the_climb_ended():
   """One step against the same with gradients by hand, outside the step."""
-  (batch,) = _batches(1, 1, 8)
-  clean = {"label_smoothing": 0.0, "sam_rho": 0.3, "sam_share": 0.5}
-  state, metrics = _run(ONE_BLOCK, 1, [batch], **clean)
+  (batch,) = _batches(1, 1, 16)
+  state, metrics = _run(ONE_BLOCK, 1, [batch], **SAM)
   params = draw_params(param_shapes(ONE_BLOCK))
 
   def loss_fn(params, num):
     logits = ONE_BLOCK.apply(
       params, {}, None, batch.images[:num], is_training=True
     )[0]["logits"]
-    log_probs = jax.nn.log_softmax(logits)
-    return -jnp.mean(log_probs[jnp.arange(num), batch.labels[:num]])
+    targets = 0.9 * jax.nn.one_hot(batch.labels[:num], 10) + 0.1 / 10
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
   grad = jax.jit(jax.value_and_grad(loss_fn), static_argnums=1)
-  there = sam.ascend(params, grad(params, 4)[1], rho=0.3)
-  loss, gradient = grad(there, 8)
+  there = sam.ascend(params, grad(params, 4)[1], rho=0.5)
+  loss, gradient = grad(there, 16)
   np.testing.assert_allclose(metrics[0]["loss"], loss, rtol=1e-5)
   optimizer = optim.make_optimizer(0.1)
   updates, _ = optimizer.update(gradient, optimizer.init(params), params)

@@ -214,7 +214,6 @@ def test_a_run_starts_from_weights(finished, nfnets, tmp_path):
     "--config.train.steps=2",
     "--config.optim.lr_per_256=0.0",
     "--config.optim.warmup_steps=1",
-    "--config.optim.sam_rho=0.05",
     "--config.optim.ema_decay=0.0",
   )
   _last_line(result)
