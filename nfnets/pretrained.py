@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfnets import models, optim
+from nfnets import models, optim, pickles
 from nfnets.errors import InputError
 
 Params = dict[str, dict[str, np.ndarray]]
@@ -84,6 +84,9 @@ def save(path: str | Path, params: Any, card: Card | None = None) -> None:
 def load(path: str | Path) -> Params:
   """Weights as a two-level dict of float32 arrays.
 
+  Reads `.safetensors`, plain `.npz`, and the released `F*_haiku.npz`, which are
+  pickles (`nfnets.pickles`).
+
   Raises:
     InputError: when the file is missing, damaged, or of another kind.
   """
@@ -102,6 +105,15 @@ def _load(path: str | Path) -> tuple[Params, Card | None]:
   read = {".safetensors": _read_safetensors, ".npz": _read_npz}
   if path.suffix not in read:
     raise InputError(f"{path}: weights are read from .safetensors or .npz")
+  with path.open("rb") as file:
+    is_pickle = pickles.is_pickle(file.read(2))
+  if is_pickle:  # The released files, whose names end in npz all the same.
+    params = pickles.load(path)
+    to_float32 = lambda x: np.asarray(x, np.float32)
+    return {
+      module: {name: to_float32(value) for name, value in values.items()}
+      for module, values in params.items()
+    }, None
   flat, text = read[path.suffix](path)
   params: Params = {}
   for key, value in flat.items():

@@ -14,7 +14,16 @@ ROOT = pathlib.Path(nfnets.__file__).parent
 # From the ground up; a package counts as one entry.
 FLOORS = (
   ("errors",),
-  ("agc", "devices", "layers", "losses", "mixing", "randaugment", "sam"),
+  (
+    "agc",
+    "devices",
+    "layers",
+    "losses",
+    "mixing",
+    "pickles",
+    "randaugment",
+    "sam",
+  ),
   ("augment", "data", "models", "optim"),
   ("checkpoint", "metrics", "plots", "pretrained", "progress", "steps"),
   ("evaluate", "info", "predict", "recipe", "show_batch", "train"),

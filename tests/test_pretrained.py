@@ -57,7 +57,7 @@ def test_pickles_are_not_executed(tmp_path):
 
   path = tmp_path / "weights.npz"
   path.write_bytes(pickle.dumps(Evil()))
-  with pytest.raises(InputError, match=r"no plain npz"):
+  with pytest.raises(InputError, match="asks for"):
     pretrained.load(path)
   assert not (tmp_path / "touched").exists()
 
