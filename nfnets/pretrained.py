@@ -107,14 +107,9 @@ def _load(path: str | Path) -> tuple[Params, Card | None]:
     raise InputError(f"{path}: weights are read from .safetensors or .npz")
   with path.open("rb") as file:
     is_pickle = pickles.is_pickle(file.read(2))
-  if is_pickle:  # The released files, whose names end in npz all the same.
-    params = pickles.load(path)
-    to_float32 = lambda x: np.asarray(x, np.float32)
-    return {
-      module: {name: to_float32(value) for name, value in values.items()}
-      for module, values in params.items()
-    }, None
-  flat, text = read[path.suffix](path)
+  # The released files are pickles, though their names end in npz.
+  reader = _read_pickle if is_pickle else read[path.suffix]
+  flat, text = reader(path)
   params: Params = {}
   for key, value in flat.items():
     module, _, name = key.rpartition("/")
@@ -123,6 +118,10 @@ def _load(path: str | Path) -> tuple[Params, Card | None]:
   if text is not None:
     card = Card.from_dict(json.loads(text), str(path))
   return params, card
+
+
+def _read_pickle(path: Path):
+  return _flatten(pickles.load(path)), None
 
 
 def _read_safetensors(path: Path):

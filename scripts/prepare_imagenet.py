@@ -72,16 +72,22 @@ def prepare(tars: Path, out: Path):
       "https://image-net.org/download-images (an account is needed) and put "
       "them there as they are, not unpacked"
     )
-  # The examples are sorted on disk before they reach the set.
-  need_space(out, 2 * sum((tars / name).stat().st_size for name in TARS))
 
   import tensorflow_datasets as tfds
 
-  refuse_other_format(tfds.builder(NAME, data_dir=str(out)))
-  builder = tfds.builder(NAME, data_dir=str(out), file_format="array_record")
+  builder = tfds.builder(NAME, data_dir=str(out))
   if builder.data_path.exists():
+    if "array_record" not in formats_of(builder):
+      fail(
+        f"{builder.data_path} is there already as {formats_of(builder)[0]}: "
+        f"convert it with --convert={builder.data_path}, or choose another "
+        "--out"
+      )
     say(f"{builder.data_path} is there already")
     return builder
+  # The examples are sorted on disk before they reach the set.
+  need_space(out, 2 * sum((tars / name).stat().st_size for name in TARS))
+  builder = tfds.builder(NAME, data_dir=str(out), file_format="array_record")
   say(f"Preparing {builder.data_path} (hours for all of ImageNet) ...")
   config = tfds.download.DownloadConfig(
     manual_dir=str(tars.absolute()), try_download_gcs=False
@@ -103,13 +109,8 @@ def convert(version_dir: Path):
   import tensorflow_datasets as tfds
   from tensorflow_datasets.scripts.cli import convert_format_utils
 
-  formats = lambda: [
-    file_format.value
-    for file_format in tfds.builder_from_directory(
-      str(version_dir)
-    ).info.available_file_formats()
-  ]
-  if "array_record" not in formats():
+  load = lambda: tfds.builder_from_directory(str(version_dir))
+  if "array_record" not in formats_of(load()):
     need_space(
       version_dir, sum(path.stat().st_size for path in version_dir.iterdir())
     )
@@ -120,12 +121,12 @@ def convert(version_dir: Path):
       out_file_format="array_record",
       num_workers=1,  # Threads of the converter hide its errors.
     )
-  if "array_record" not in formats():
+  if "array_record" not in formats_of(load()):
     fail(
       "the converter did not finish: delete *.array_record-* in "
       f"{version_dir} and start again"
     )
-  return tfds.builder_from_directory(str(version_dir))
+  return load()
 
 
 def check(builder, expected: dict[str, int]) -> None:
@@ -147,16 +148,10 @@ def check(builder, expected: dict[str, int]) -> None:
   say(f"done: {builder.data_path}")
 
 
-def refuse_other_format(builder) -> None:
-  """The builder prepares one format only where there is none."""
-  if not builder.data_path.exists():
-    return
-  file_format = builder.info.file_format.value
-  if file_format != "array_record":
-    fail(
-      f"{builder.data_path} is there already as {file_format}: convert it with "
-      f"--convert={builder.data_path}, or choose another --out"
-    )
+def formats_of(builder) -> list[str]:
+  """The file formats that a set is there in."""
+  formats = builder.info.available_file_formats()
+  return [file_format.value for file_format in formats]
 
 
 def need_space(out: Path, num_bytes: int) -> None:
