@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nfnets import models, optim
-from nfnets.models import nfnet
 
 _NUM_CLASSES = 1000  # ImageNet, as in the papers' tables.
 
@@ -65,33 +64,38 @@ def print_model(console: Console, model: models.Model) -> None:
 
 
 def _stages(model: models.Model) -> Table:
-  row, size = model.variant, model.variant.test_size
+  plan, size = model.plan, model.variant.test_size
   table = Table("part", box=None, header_style="bold", pad_edge=False)
   for column in ("blocks", "channels", "bottleneck", "groups", f"at {size} px"):
     table.add_column(column, justify="right")
-  for _, stride in nfnet.stem_plan(row):
-    size = -(-size // stride)
+  for conv in plan.stem:
+    size = -(-size // conv.stride)
+  if plan.has_stem_pool:
+    size = -(-size // 2)
+  num = len(plan.stem)
   table.add_row(
     "stem",
-    f"{len(nfnet.stem_plan(row))} convs",
-    str(row.width[0] // 2),
+    f"{num} conv{'s'[: num > 1]}",
+    str(plan.stem[-1].channels),
     "",
     "",
     _square(size),
   )
-  blocks = nfnet.plan(row)
-  for stage, depth in enumerate(row.depth, start=1):
-    first = next(block for block in blocks if block.stage == stage)
-    size = -(-size // first.stride)
+  for stage, depth in enumerate(model.variant.depth, start=1):
+    # The last: the first of a stage may have another bottleneck.
+    *_, block = (block for block in plan.blocks if block.stage == stage)
+    if any(b.stride > 1 for b in plan.blocks if b.stage == stage):
+      size = -(-size // 2)
     table.add_row(
       f"stage {stage}",
       str(depth),
-      str(first.channels),
-      str(first.width),
-      f"{first.groups} x {row.group_width[stage - 1]}",
+      str(block.channels),
+      str(block.width),
+      f"{block.groups} x {block.width // block.groups}",
       _square(size),
     )
-  table.add_row("final conv", "", str(nfnet.final_width(row)), "", "", "")
+  if plan.final_conv is not None:
+    table.add_row("final conv", "", str(plan.num_features), "", "", "")
   table.add_row("classifier", "", str(model.num_classes), "", "", "")
   return table
 

@@ -15,6 +15,7 @@ networks differ from the text, the released behaviour is kept, because the
 published weights were trained with it.
 """
 
+import functools
 from collections.abc import Callable
 
 import haiku as hk
@@ -33,6 +34,11 @@ _GAINS: dict[str, tuple[Activation, float]] = {
   "celu": (jax.nn.celu, 1.270926833152771),
   "elu": (jax.nn.elu, 1.2716004848480225),
   "gelu": (jax.nn.gelu, 1.7015043497085571),
+  # The exact integral, for networks that were trained elsewhere.
+  "gelu_exact": (
+    functools.partial(jax.nn.gelu, approximate=False),
+    1.7015043497085571,
+  ),
   "leaky_relu": (jax.nn.leaky_relu, 1.70590341091156),
   "log_sigmoid": (jax.nn.log_sigmoid, 1.9193484783172607),
   "relu": (jax.nn.relu, 1.7139588594436646),
@@ -56,7 +62,16 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def standardize(w: jax.Array, gain: jax.Array, eps: float = 1e-4) -> jax.Array:
+# Name -> its gain alone.
+GAINS: dict[str, float] = {name: gain for name, (_, gain) in _GAINS.items()}
+
+# Floor of a kernel's variance times its fan-in.
+STANDARDIZE_EPS = 1e-4
+
+
+def standardize(
+  w: jax.Array, gain: jax.Array, eps: float = STANDARDIZE_EPS
+) -> jax.Array:
   """Scaled weight standardisation (2101.08692 eq. 2 and 3).
 
   `(w - mean) * gain / sqrt(max(var * fan_in, eps))` with mean and (biased)
@@ -79,9 +94,14 @@ def standardize(w: jax.Array, gain: jax.Array, eps: float = 1e-4) -> jax.Array:
 
 
 def conv2d(
-  x: jax.Array, w: jax.Array, *, stride: int = 1, groups: int = 1
+  x: jax.Array,
+  w: jax.Array,
+  *,
+  stride: int = 1,
+  groups: int = 1,
+  padding: str = "same",
 ) -> jax.Array:
-  """2-D convolution with SAME padding, the only place that picks how.
+  """2-D convolution, the only place that picks how.
 
   Every form computes the same sums; which one is fast depends on the backend.
   On CPU XLA's grouped convolution is slow, above all in the gradient, and a
@@ -92,28 +112,34 @@ def conv2d(
   Args:
     x: [N, H, W, C_in].
     w: [height, width, C_in / groups, C_out], dtype of x.
+    padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
 
   Returns:
     [N, ceil(H / stride), ceil(W / stride), C_out].
   """
+  pads = "SAME"
+  if padding == "symmetric":
+    pads = [(size // 2, size // 2) for size in w.shape[:2]]
   if jax.default_backend() != "cpu":
-    return _convolve(x, w, stride, groups)
+    return _convolve(x, w, stride, groups, pads)
   if w.shape[:2] == (1, 1) and stride == 1 and groups == 1:
     return jnp.einsum("nhwi,io->nhwo", x, w[0, 0])
   if groups == 1:
-    return _convolve(x, w, stride, 1)
+    return _convolve(x, w, stride, 1, pads)
   parts = zip(
     jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=-1), strict=True
   )
-  return jnp.concatenate([_convolve(a, b, stride, 1) for a, b in parts], -1)
+  return jnp.concatenate(
+    [_convolve(a, b, stride, 1, pads) for a, b in parts], -1
+  )
 
 
-def _convolve(x, w, stride, groups):
+def _convolve(x, w, stride, groups, pads):
   return jax.lax.conv_general_dilated(
     x,
     w,
     window_strides=(stride, stride),
-    padding="SAME",
+    padding=pads,
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=groups,
   )
@@ -123,7 +149,7 @@ class WSConv2D(hk.Module):
   """Convolution with scaled weight standardisation, a gain and a bias.
 
   Parameters: `w` [kernel, kernel, C_in / groups, C_out], `gain` [C_out],
-  `bias` [C_out].
+  `bias` [C_out]. Folded, `w` is standardised already and there is no `gain`.
   """
 
   def __init__(
@@ -133,6 +159,8 @@ class WSConv2D(hk.Module):
     *,
     stride: int = 1,
     groups: int = 1,
+    padding: str = "same",
+    is_folded: bool = False,
     name: str | None = None,
   ):
     super().__init__(name=name)
@@ -140,6 +168,8 @@ class WSConv2D(hk.Module):
     self.kernel_size = kernel_size
     self.stride = stride
     self.groups = groups
+    self.padding = padding
+    self.is_folded = is_folded
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C_in]
     size, channels = self.kernel_size, self.output_channels
@@ -150,10 +180,17 @@ class WSConv2D(hk.Module):
       # Standardisation makes the network insensitive to this choice.
       hk.initializers.VarianceScaling(1.0, "fan_in", "normal"),
     )
-    gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
+    if not self.is_folded:
+      gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
+      w = standardize(w, gain)
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
-    w = standardize(w, gain).astype(x.dtype)
-    out = conv2d(x, w, stride=self.stride, groups=self.groups)
+    out = conv2d(
+      x,
+      w.astype(x.dtype),
+      stride=self.stride,
+      groups=self.groups,
+      padding=self.padding,
+    )
     return out + _along_channels(bias.astype(x.dtype))  # [N, H', W', C_out]
 
 
@@ -168,9 +205,9 @@ class SqueezeExcite(hk.Module):
   text names the scaled nonlinearity). Computed in float32: it is a few vectors.
   """
 
-  def __init__(self, channels: int, ratio: float, name: str | None = None):
+  def __init__(self, channels: int, hidden: int, name: str | None = None):
     super().__init__(name=name)
-    self.squeeze = hk.Linear(squeeze_width(channels, ratio))
+    self.squeeze = hk.Linear(hidden)
     self.excite = hk.Linear(channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C]
@@ -179,9 +216,24 @@ class SqueezeExcite(hk.Module):
     return jax.nn.sigmoid(h)[:, None, None].astype(x.dtype)  # [N, 1, 1, C]
 
 
-def squeeze_width(channels: int, ratio: float) -> int:
-  """Hidden width of squeeze-and-excitation."""
-  return max(1, int(channels * ratio))
+class EfficientAttention(hk.Module):
+  """ECA (arXiv:1910.03151): each gate sees the means of a few neighbours.
+
+  Parameter: `w` [taps]. Computed in float32.
+  """
+
+  def __init__(self, taps: int, name: str | None = None):
+    super().__init__(name=name)
+    self.taps = taps
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C]
+    init = hk.initializers.RandomUniform(-(self.taps**-0.5), self.taps**-0.5)
+    w = hk.get_parameter("w", (self.taps,), jnp.float32, init)
+    h = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)  # [N, C]
+    channels, half = h.shape[-1], self.taps // 2
+    h = jnp.pad(h, ((0, 0), (half, half)))
+    h = sum(w[i] * h[:, i : i + channels] for i in range(self.taps))
+    return jax.nn.sigmoid(h)[:, None, None].astype(x.dtype)  # [N, 1, 1, C]
 
 
 def stochastic_depth(
@@ -202,6 +254,16 @@ def stochastic_depth(
 def average_pool(x: jax.Array) -> jax.Array:
   """2x2 mean with stride 2; at odd edges the mean of what is there (SAME)."""
   return hk.avg_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+
+
+def max_pool(x: jax.Array, padding: str) -> jax.Array:
+  """3x3 maximum with stride 2; `padding` as in `conv2d`."""
+  pads = "SAME"
+  if padding == "symmetric":
+    pads = ((0, 0), (1, 1), (1, 1), (0, 0))
+  return jax.lax.reduce_window(
+    x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads
+  )
 
 
 def signal_metrics(x: jax.Array, index: int) -> dict[str, jax.Array]:

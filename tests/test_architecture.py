@@ -25,7 +25,7 @@ FLOORS = (
     "sam",
   ),
   ("augment", "data", "models", "optim"),
-  ("checkpoint", "metrics", "plots", "pretrained", "progress", "steps"),
+  ("checkpoint", "metrics", "plots", "pretrained", "progress", "steps", "timm"),
   ("evaluate", "info", "predict", "recipe", "show_batch", "train"),
   ("main",),
 )

@@ -104,6 +104,6 @@ def test_average_pool_at_odd_edges_is_the_mean_of_what_is_there():
 
 def test_squeeze_excite_gates_each_channel_of_each_image():
   x = _normal(2, 4, 4, 8)
-  gate = _apply(lambda x: layers.SqueezeExcite(8, 0.5)(x), x)
+  gate = _apply(lambda x: layers.SqueezeExcite(8, 4)(x), x)
   assert gate.shape == (2, 1, 1, 8)
   assert ((gate > 0) & (gate < 1)).all()

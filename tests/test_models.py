@@ -11,39 +11,76 @@ from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
 
 from nfnets import models
 from nfnets.errors import InputError
-from nfnets.models import nfnet
+from nfnets.models import plan as plans
+from nfnets.models.network import NFBlock
 
 SIZES = load_json("sizes.json")
 
 
-@pytest.mark.parametrize(
-  "name", [n for n in models.VARIANTS if n != "nfnet_tiny"]
-)
+@pytest.mark.parametrize("name", SIZES)
 def test_every_row_has_its_published_size(name):
   model = models.make(name)
-  if name not in SIZES:  # Wider rows that nobody published: the real tree.
-    shapes = jax.tree.leaves(param_shapes(model))
-    assert model.count_params() == sum(int(np.prod(x.shape)) for x in shapes)
-    return
   assert model.count_params() == SIZES[name]["parameters"]
   for size, macs in SIZES[name]["macs"].items():
     assert round(model.count_macs(int(size)) / 1e9, 3) == macs, size
 
 
+def test_all_published_sizes_but_those_of_our_own_rows_are_tested():
+  ours = {"nfnet_f2_plus", "nfnet_f4_plus", "nfnet_f5_plus", "nfnet_f6_plus"}
+  ours |= {"nfnet_tiny"}
+  timms = {n for n in models.VARIANTS if n.startswith(("timm_", "eca_"))}
+  assert models.VARIANTS.keys() - SIZES.keys() == ours | timms | {"nfnet_l0"}
+
+
+# Of PyTorch Image Models 1.0.31.
+TIMM_SIZES = {
+  "nfnet_l0": 35_074_488,
+  "eca_nfnet_l0": 24_143_924,
+  "eca_nfnet_l1": 41_407_728,
+  "eca_nfnet_l2": 56_722_348,
+  "timm_nf_resnet50": 25_557_032,
+  "timm_nf_regnet_b1": 10_223_984,
+}
+
+
+@pytest.mark.parametrize("name", TIMM_SIZES)
+def test_rows_of_timm_have_its_sizes_and_a_skip_gain_per_block(name):
+  model = models.make(name)
+  assert model.count_params() == TIMM_SIZES[name] + len(model.plan.blocks)
+
+
+def _real_shapes(model):
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  params, state = jax.eval_shape(model.init, jax.random.key(0), image)
+  assert state == {}
+  return {m: {n: x.shape for n, x in v.items()} for m, v in params.items()}
+
+
 @pytest.mark.parametrize(
-  "overrides",
+  ("name", "overrides"),
   [
-    {},
-    {"second_conv": False},
-    {"se_ratio": 0.0},
-    {"se_ratio": 0.25, "final_conv_ratio": 1.5},
-    {"bottleneck_ratio": (0.5, 1.0), "stem_width": (8,)},
+    ("nfnet_tiny", SMALL),
+    ("nfnet_tiny", SMALL | {"second_conv": False}),
+    ("nfnet_tiny", SMALL | {"se_ratio": 0.0}),
+    ("nfnet_tiny", SMALL | {"se_ratio": 0.25, "final_conv_ratio": 1.5}),
+    ("nfnet_tiny", SMALL | {"attention": "eca"}),
+    (
+      "nfnet_tiny",
+      SMALL | {"bottleneck_ratio": (0.5, 1.0), "stem_width": (8,)},
+    ),
+    ("nf_regnet_b0", {"depth": (1, 1, 2, 1)}),
+    ("timm_nf_regnet_b0", {"depth": (1, 1, 1, 1)}),
+    ("nf_resnet50", {"depth": (1, 1, 2, 1), "se_ratio": 0.5}),
+    ("timm_nf_resnet26", {"depth": (1, 1, 1, 1)}),
+    ("nfnet_f0_plus", {}),
   ],
 )
-def test_counted_parameters_are_the_real_ones(overrides):
-  model = models.make("nfnet_tiny", 7, **SMALL | overrides)
-  real = sum(x.size for x in jax.tree.leaves(param_shapes(model)))
-  assert model.count_params() == real
+def test_the_plan_has_the_shapes_that_the_network_makes(name, overrides):
+  model = models.make(name, 7, **overrides)
+  assert plans.shapes(model.plan, 7) == _real_shapes(model)
+  params, _ = model.shapes()
+  num = sum(np.prod(x.shape) for x in jax.tree.leaves(params))
+  assert model.count_params() == num
 
 
 def test_f4_plus_of_the_paper_is_one_override():
@@ -52,33 +89,47 @@ def test_f4_plus_of_the_paper_is_one_override():
   assert round(model.count_macs(512) / 1e9) == 367
 
 
-def test_f0_has_the_published_names_and_shapes():
-  params = param_shapes(models.make("nfnet_f0"))
+@pytest.mark.parametrize("name", ["nfnet_f0", "nf_regnet_b0", "nf_resnet50"])
+def test_published_names_and_shapes(name):
   tree = {
-    m: {n: list(x.shape) for n, x in v.items()} for m, v in params.items()
+    m: {n: list(shape) for n, shape in v.items()}
+    for m, v in _real_shapes(models.make(name)).items()
   }
-  assert tree == load_json("tree_nfnet_f0.json")
+  assert tree == load_json(f"tree_{name}.json")
 
 
 @functools.cache
-def _f0():
-  model = models.make("nfnet_f0")
+def _drawn(name):
+  model = models.make(name)
   apply = lambda params, images: model.apply(
     params, {}, None, images, return_metrics=True
   )[0]
   return draw_params(param_shapes(model)), jax.jit(apply)
 
 
-@pytest.mark.parametrize("size", [64, 97])
-def test_f0_outputs_are_those_of_the_original_code(size):
+def _f0():
+  return _drawn("nfnet_f0")
+
+
+@pytest.mark.parametrize(
+  ("model", "size", "num_blocks"),
+  [
+    ("nfnet_f0", 64, 12),
+    ("nfnet_f0", 97, 12),
+    ("nf_regnet_b0", 64, 16),
+    ("nf_resnet50", 64, 16),
+  ],
+)
+def test_outputs_are_those_of_the_original_code(model, size, num_blocks):
   expected = np.load(REFERENCE / "forward.npz")
   rng = np.random.default_rng(2 * 1000 + size)
   images = rng.standard_normal((2, size, size, 3), dtype=np.float32)
-  params, apply = _f0()
+  params, apply = _drawn(model)
   outputs = apply(params, images)
-  prefix = f"nfnet_f0/{size}/"
+  prefix = f"{model}/{size}/"
   names = [k.removeprefix(prefix) for k in expected if k.startswith(prefix)]
-  assert len(names) == 2 + 2 * 13 + 12  # logits, pool; stem and 12 blocks.
+  # logits, pool; stem and blocks.
+  assert len(names) == 2 + 2 * (num_blocks + 1) + num_blocks
   for name in names:
     theirs = expected[prefix + name]
     error = np.max(np.abs(outputs[name] - theirs)) / np.max(np.abs(theirs))
@@ -105,11 +156,11 @@ def test_each_block_of_f0_propagates_the_predicted_variance(index):
   transition resets the shortcut to 1, and where it averages four independent
   pixels to 1/4.
   """
-  row = models.variant("nfnet_f0")
-  block = nfnet.plan(row)[index]
+  plan = models.make("nfnet_f0").plan
+  block = plan.blocks[index]
 
   def forward(x):
-    return nfnet.NFBlock(block, row)(x, is_training=False)
+    return NFBlock(block, plan)(x, is_training=False)
 
   network = hk.without_apply_rng(hk.transform(forward))
   rng = np.random.default_rng(index)
@@ -121,9 +172,9 @@ def test_each_block_of_f0_propagates_the_predicted_variance(index):
   )
   out, residual = jax.jit(network.apply)(params, x)
 
-  shortcut = 1 / block.stride**2 if block.has_projection else 1 / block.beta**2
+  shortcut = 1 / block.stride**2 if block.shortcut else 1 / block.beta**2
   variance = float(jnp.mean(jnp.var(out, (0, 1, 2))))
-  np.testing.assert_allclose(variance, shortcut + row.alpha**2, rtol=0.06)
+  np.testing.assert_allclose(variance, shortcut + plan.alpha**2, rtol=0.06)
   # SAME padding takes up to a tenth; the gate is only near 1/2.
   np.testing.assert_allclose(residual, 1, rtol=0.25)
 
@@ -131,7 +182,7 @@ def test_each_block_of_f0_propagates_the_predicted_variance(index):
 def test_signal_through_all_of_f0_grows_by_alpha_squared_per_block():
   """The residual branch and its shortcut are independent, block after block."""
   params, apply = _f0()
-  row = models.variant("nfnet_f0")
+  plan = models.make("nfnet_f0").plan
   params = {
     module: {
       name: {"skip_gain": np.float32(1), "gain": np.ones_like(v)}.get(
@@ -144,10 +195,10 @@ def test_signal_through_all_of_f0_grows_by_alpha_squared_per_block():
   rng = np.random.default_rng(1)
   images = rng.standard_normal((2, 64, 64, 3), dtype=np.float32)
   signal = apply(params, images)
-  for i, block in enumerate(nfnet.plan(row)):
+  for i, block in enumerate(plan.blocks):
     before, after = signal[f"avg_var_{i}"], signal[f"avg_var_{i + 1}"]
-    residual = row.alpha**2 * signal[f"res_avg_var_{i}"]
-    if not block.has_projection:
+    residual = plan.alpha**2 * signal[f"res_avg_var_{i}"]
+    if block.shortcut is None:
       np.testing.assert_allclose(after, before + residual, rtol=0.02)
     assert 0 < residual < 0.06
 
@@ -161,6 +212,56 @@ def test_blocks_start_as_their_shortcut():
   for name in ("avg_var", "avg_sq_mean"):  # The last block has no projection.
     before, after = outputs[f"{name}_2"], outputs[f"{name}_3"]
     np.testing.assert_allclose(before, after, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides"),
+  [
+    ("nfnet_tiny", SMALL),
+    ("nf_regnet_b0", {"depth": (1, 1), "width": (48, 104)}),
+    ("nf_resnet50", {"depth": (1, 1), "width": (64, 128)}),
+  ],
+)
+def test_folded_weights_give_the_same_outputs(name, overrides):
+  model = models.make(name, 10, **overrides)
+  params = draw_params(param_shapes(model))
+  images = np.random.default_rng(5).standard_normal((2, 64, 64, 3), np.float32)
+  folded, weights = models.fold(model, params)
+  expected, _ = folded.shapes()
+  jax.tree.map(lambda x, y: np.broadcast_to(x, y.shape), weights, expected)
+  assert not any("gain" in values for values in weights.values())
+
+  def logits(model, params):
+    apply = lambda params: model.apply(params, {}, None, images)[0]["logits"]
+    return jax.jit(apply)(params)
+
+  np.testing.assert_allclose(
+    logits(folded, weights), logits(model, params), rtol=0, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "channels", "strides"),
+  [
+    ("nfnet_tiny", (8, 16, 32, 64), (4, 4, 8, 8)),
+    ("nf_resnet50", (64, 256, 512, 512), (4, 4, 8, 8)),
+  ],
+)
+def test_features_of_each_part(name, channels, strides):
+  overrides = (
+    SMALL if name == "nfnet_tiny" else {"depth": (1, 1), "width": (256, 512)}
+  )
+  model = models.make(name, 10, **overrides)
+  images = np.random.default_rng(0).standard_normal((2, 64, 64, 3), np.float32)
+  params = draw_params(param_shapes(model))
+  found = jax.jit(model.features)(params, {}, images)
+  assert list(found) == ["final", "pool", "stage1", "stage2", "stem"]
+  parts = ("stem", "stage1", "stage2", "final")
+  for part, channel, stride in zip(parts, channels, strides, strict=True):
+    assert found[part].shape == (2, 64 // stride, 64 // stride, channel), part
+  np.testing.assert_allclose(
+    found["pool"], found["final"].mean((1, 2)), rtol=1e-4, atol=1e-5
+  )
 
 
 def test_training_uses_its_randomness_and_evaluation_none():
@@ -211,6 +312,13 @@ def test_stages_of_modules():
     ("nfnet_f0", {"group_width": (256,) * 4}, r"stage 1: a bottleneck of 128"),
     ("nfnet_f0", {"second_conv": 1}, r"second_conv=1 is a int"),
     ("nfnet_f0", {"se_ratio": -1}, r"se_ratio=-1.0 is negative"),
+    ("nfnet_f0", {"padding": "valid"}, r"unknown padding 'valid'"),
+    ("nfnet_f0", {"attention": "sea"}, r"unknown attention 'sea'"),
+    ("nf_regnet_b0", {"width": (1, 2)}, r"width=.* has 2 entries, but depth"),
+    ("nf_regnet_b0", {"group_width": 0}, r"group_width=0 is not positive"),
+    ("nf_regnet_b0", {"group_width": 99}, r"no room for a group of group_wid"),
+    ("nf_resnet50", {"bottleneck_ratio": 0.001}, r"no channels are left"),
+    ("nf_resnet50", {"stochdepth_rate": 1.5}, r"rate=1.5 is not in \[0, 1\)"),
   ],
 )
 def test_wrong_rows_are_one_clear_line(name, overrides, message):

@@ -10,12 +10,22 @@ from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from nfnets import layers
 from nfnets.errors import InputError, unknown
-from nfnets.models import nfnet
+from nfnets.models import nf_regnet, nf_resnet, nfnet
+from nfnets.models import plan as plans
+from nfnets.models.network import Network
+from nfnets.models.plan import Plan
 
-VARIANTS: dict[str, nfnet.Variant] = nfnet.VARIANTS
+_FAMILIES = {f.Variant: f for f in (nfnet, nf_regnet, nf_resnet)}
+
+Variant = nfnet.Variant | nf_regnet.Variant | nf_resnet.Variant
+
+VARIANTS: dict[str, Variant] = {
+  name: row for f in _FAMILIES.values() for name, row in f.VARIANTS.items()
+}
 
 
 class Model(NamedTuple):
@@ -24,40 +34,69 @@ class Model(NamedTuple):
   Attributes:
     name: Key of the table.
     variant: Its row, with the overrides in place.
+    plan: What the row works out to.
     num_classes: Width of the logits.
+    is_folded: Whether its weights are standardised already: see `fold`.
     init: `(rng, images) -> (params, state)`. Parameters are a two-level dict
       `{module: {name: float32 array}}` with the published names.
     apply: `(params, state, rng, images, is_training=False,
-      return_metrics=False) -> (outputs, state)`. Images [N, H, W, 3] float32
-      or bfloat16, normalised; `outputs["logits"]` [N, num_classes] float32,
-      `outputs["pool"]` [N, features] float32. `rng` is needed in training only.
+      return_metrics=False, return_features=False) -> (outputs, state)`. Images
+      [N, H, W, 3] float32 or bfloat16, normalised; `outputs["logits"]`
+      [N, num_classes] float32, `outputs["pool"]` [N, features] float32. `rng`
+      is needed in training only.
   """
 
   name: str
-  variant: nfnet.Variant
+  variant: Variant
+  plan: Plan
   num_classes: int
+  is_folded: bool
   init: Callable[..., tuple[hk.Params, hk.State]]
   apply: Callable[..., tuple[dict[str, Any], hk.State]]
 
+  def features(
+    self, params: hk.Params, state: hk.State, images: jax.Array
+  ) -> dict[str, jax.Array]:
+    """What the network sees in images [N, H, W, 3], as in evaluation.
+
+    Returns:
+      `pool` [N, features], the averages that enter the classifier, and the
+      outputs of each part, [N, H', W', C]: `stem`, `stage1` ..., and `final`,
+      whose average `pool` is.
+    """
+    outputs, _ = self.apply(params, state, None, images, return_features=True)
+    del outputs["logits"]
+    return outputs
+
   def stage_of(self, module: str) -> str:
     """Part of the network a parameter's module is in: stem, stage1 .. head."""
-    return nfnet.stage_of(self.variant, module)
+    return plans.stage_of(self.plan, module)
 
   def shapes(self) -> tuple[Any, Any]:
     """Shapes of parameters and state, without computing them."""
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return jax.eval_shape(self.init, jax.random.key(0), image)
+    shapes = plans.shapes(self.plan, self.num_classes)
+    if self.is_folded:
+      for values in shapes.values():
+        values.pop("gain", None)
+    params = {
+      module: {
+        name: jax.ShapeDtypeStruct(shape, np.float32)
+        for name, shape in values.items()
+      }
+      for module, values in shapes.items()
+    }
+    return params, {}
 
   def count_params(self) -> int:
     """Number of trainable scalars."""
-    return nfnet.count_params(self.variant, self.num_classes)
+    return plans.count_params(self.plan, self.num_classes)
 
   def count_macs(self, size: int) -> float:
     """Multiply-accumulates of one size x size image (Table 3's "#FLOPs")."""
-    return nfnet.count_macs(self.variant, self.num_classes, size)
+    return plans.count_macs(self.plan, self.num_classes, size)
 
 
-def variant(name: str, **overrides: Any) -> nfnet.Variant:
+def variant(name: str, **overrides: Any) -> Variant:
   """The row of the table called `name`, with columns replaced.
 
   Raises:
@@ -71,7 +110,7 @@ def variant(name: str, **overrides: Any) -> nfnet.Variant:
       raise unknown("model column", column, row._fields)
     overrides[column] = _as_type_of(column, getattr(row, column), value)
   row = row._replace(**overrides)
-  nfnet.check(row)
+  _FAMILIES[type(row)].check(row)
   return row
 
 
@@ -89,13 +128,17 @@ def _as_type_of(column: str, old: Any, new: Any) -> Any:
   return new
 
 
-def make(name: str, num_classes: int = 1000, **overrides: Any) -> Model:
+def make(
+  name: str, num_classes: int = 1000, *, is_folded: bool = False, **overrides
+) -> Model:
   """Builds a network.
 
   Args:
-    name: `nfnet_f0` ... `nfnet_f7`, `nfnet_f0_plus` ... `nfnet_f7_plus`, or
-      `nfnet_tiny`.
+    name: Of the table: `nfnet_f0` ... `nfnet_f7`, `nf_regnet_b0`,
+      `nf_resnet50`, `eca_nfnet_l0` ...; `nfnets info` lists them.
     num_classes: Width of the logits.
+    is_folded: For weights that went through `fold`: the same function, without
+      weight standardisation. For inference.
     **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such
       as `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
@@ -105,10 +148,46 @@ def make(name: str, num_classes: int = 1000, **overrides: Any) -> Model:
   row = variant(name, **overrides)
   if num_classes < 1:
     raise InputError(f"num_classes={num_classes}: at least 1 is needed")
+  return _make(name, row, num_classes, is_folded)
 
-  def forward(images, is_training=False, return_metrics=False):
-    net = nfnet.NFNet(row, num_classes)
-    return net(images, is_training=is_training, return_metrics=return_metrics)
 
-  network = hk.transform_with_state(forward)
-  return Model(name, row, num_classes, network.init, network.apply)
+def _make(name: str, row: Variant, num_classes: int, is_folded: bool) -> Model:
+  plan = _FAMILIES[type(row)].plan(row)
+
+  def forward(
+    images, is_training=False, return_metrics=False, return_features=False
+  ):
+    return Network(plan, num_classes, is_folded=is_folded)(
+      images,
+      is_training=is_training,
+      return_metrics=return_metrics,
+      return_features=return_features,
+    )
+
+  net = hk.transform_with_state(forward)
+  return Model(name, row, plan, num_classes, is_folded, net.init, net.apply)
+
+
+def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
+  """The same function with its weights standardised once and for all.
+
+  Args:
+    model, params: A network and its weights.
+
+  Returns:
+    A folded network and its weights, in which each convolution's `w` is the
+    kernel that is convolved and there is no `gain`. Equal up to the rounding of
+    float32.
+  """
+
+  def fold_module(values):
+    values = dict(values)
+    if "gain" in values:
+      gain = values.pop("gain")
+      values["w"] = layers.standardize(values["w"], gain)
+    return values
+
+  folded = jax.jit(
+    lambda params: {m: fold_module(values) for m, values in params.items()}
+  )(params)
+  return _make(model.name, model.variant, model.num_classes, True), folded

@@ -1,22 +1,27 @@
 """NFNet-F0 to F7: the networks of arXiv:2102.06171 (section 4, appendix C).
 
-A family is a table, a variant is a row. `plan` turns a row into the list of
-blocks, and everything else (the network, its parameter and operation counts,
-the stage that a parameter belongs to) reads that list.
-
-Shapes: N batch, H height, W width, C channels; images [N, H, W, 3].
+A family is a table, a variant is a row; `plan` works a row out.
 """
 
-import math
-import re
 from typing import NamedTuple
-
-import haiku as hk
-import jax
-import jax.numpy as jnp
 
 from nfnets import layers
 from nfnets.errors import InputError, unknown
+from nfnets.models.plan import (
+  ATTENTIONS,
+  PADDINGS,
+  Attention,
+  Block,
+  Conv,
+  Plan,
+  betas,
+  block_name,
+  check_stages,
+  efficient_attention,
+  squeeze_excite,
+)
+
+NAME = "NFNet"
 
 
 class Variant(NamedTuple):
@@ -37,6 +42,8 @@ class Variant(NamedTuple):
   stochdepth_rate: float = 0.25  # A block's is this x index / num_blocks.
   activation: str = "gelu"
   final_conv_ratio: float = 2.0  # Channels of the last 1x1 / width[-1].
+  attention: str = "se"  # Or "eca", which has no se_ratio.
+  padding: str = "same"  # Or "symmetric", as PyTorch pads.
 
 
 def _f(n: int, drop_rate: float, train: int, test: int, magnitude: int):
@@ -86,55 +93,54 @@ _TINY = {
   )
 }
 
-VARIANTS: dict[str, Variant] = _F | _PLUS | _TINY
+# As PyTorch Image Models has them: exact GELU, its padding. Its light networks
+# have narrower bottlenecks and SiLU; all published weights of it are of those.
+_TIMM = {
+  f"timm_{name}": row._replace(activation="gelu_exact", padding="symmetric")
+  for name, row in _F.items()
+}
 
 
-class Block(NamedTuple):
-  """What one residual block is, after the row has been worked out."""
+def _light(n: int, features: float, train: int, test: int, attention: str):
+  return _f(n, 0.0, train, test, 0)._replace(
+    group_width=(64, 64, 64, 64),
+    bottleneck_ratio=(0.25, 0.25, 0.25, 0.25),
+    se_ratio=0.25,
+    stochdepth_rate=0.0,
+    activation="silu",
+    final_conv_ratio=features,
+    attention=attention,
+    padding="symmetric",
+  )
 
-  stage: int  # From 1.
-  in_channels: int
-  channels: int  # Output channels.
-  width: int  # Channels of the bottleneck, a multiple of the group width.
-  groups: int
-  stride: int
-  beta: float  # 1 / the analytic standard deviation of the input.
-  stochdepth_rate: float
 
-  @property
-  def has_projection(self) -> bool:
-    return self.stride > 1 or self.in_channels != self.channels
+_LIGHT = {
+  "nfnet_l0": _light(0, 1.5, 224, 288, "se"),
+  "eca_nfnet_l0": _light(0, 1.5, 224, 288, "eca"),
+  "eca_nfnet_l1": _light(1, 2.0, 256, 320, "eca"),
+  "eca_nfnet_l2": _light(2, 2.0, 320, 384, "eca"),
+  "eca_nfnet_l3": _light(3, 2.0, 352, 448, "eca"),
+}
+
+VARIANTS: dict[str, Variant] = _F | _PLUS | _TINY | _LIGHT | _TIMM
 
 
 def check(row: Variant) -> None:
   """Raises `InputError` for a row that describes no network."""
-  num_stages = len(row.depth)
-  for column in ("width", "group_width", "bottleneck_ratio"):
-    if len(getattr(row, column)) != num_stages:
-      raise InputError(
-        f"{column}={getattr(row, column)} has {len(getattr(row, column))} "
-        f"entries, but depth={row.depth} has {num_stages} stages: give one "
-        "entry per stage"
-      )
-  if num_stages == 0 or min(row.depth) < 1 or min(row.width) < 2:
-    raise InputError(
-      f"depth={row.depth} with width={row.width}: every stage needs at least "
-      "one block and two channels"
-    )
-  for column in ("drop_rate", "stochdepth_rate"):
-    if not 0 <= getattr(row, column) < 1:
-      raise InputError(f"{column}={getattr(row, column)} is not in [0, 1)")
-  for column in ("train_size", "test_size", "final_conv_ratio"):
-    if not getattr(row, column) > 0:
-      raise InputError(f"{column}={getattr(row, column)} is not positive")
+  check_stages(row, ("width", "group_width", "bottleneck_ratio"))
+  if not row.final_conv_ratio > 0:
+    raise InputError(f"final_conv_ratio={row.final_conv_ratio} is not positive")
   if not row.stem_width or min(row.stem_width) < 1:
     raise InputError(f"stem_width={row.stem_width}: widths of 1 or more")
-  if not math.isfinite(row.alpha):
-    raise InputError(f"alpha={row.alpha} is not finite")
   if row.se_ratio < 0:
     raise InputError(f"se_ratio={row.se_ratio} is negative; 0 leaves it out")
-  if row.activation not in layers.ACTIVATIONS:
-    raise unknown("activation", row.activation, layers.ACTIVATIONS)
+  for kind, known in (
+    ("activation", layers.ACTIVATIONS),
+    ("attention", ATTENTIONS),
+    ("padding", PADDINGS),
+  ):
+    if getattr(row, kind) not in known:
+      raise unknown(kind, getattr(row, kind), known)
   stages = zip(row.width, row.bottleneck_ratio, row.group_width, strict=True)
   for stage, (width, ratio, group_width) in enumerate(stages, start=1):
     if group_width < 1 or int(width * ratio) < group_width:
@@ -145,235 +151,60 @@ def check(row: Variant) -> None:
       )
 
 
-def plan(row: Variant) -> list[Block]:
-  """The blocks of a row, in order."""
-  blocks = []
-  num_blocks = sum(row.depth)
-  channels = row.width[0] // 2  # What the stem gives out.
-  variance = 1.0
-  for stage in range(len(row.depth)):
-    width = row.width[stage]
-    groups = int(width * row.bottleneck_ratio[stage]) // row.group_width[stage]
-    for index_in_stage in range(row.depth[stage]):
-      is_transition = index_in_stage == 0
-      blocks.append(
-        Block(
-          stage=stage + 1,
-          in_channels=channels,
-          channels=width,
-          width=groups * row.group_width[stage],
-          groups=groups,
-          stride=2 if is_transition and stage > 0 else 1,
-          beta=1 / math.sqrt(variance),
-          stochdepth_rate=row.stochdepth_rate * len(blocks) / num_blocks,
-        )
-      )
-      channels = width
-      # The variance grows by alpha² per block; a transition's shortcut starts
-      # from a normalised input and so resets it to 1 first.
-      variance = (1.0 if is_transition else variance) + row.alpha**2
-  return blocks
-
-
-class NFBlock(hk.Module):
-  """`shortcut + alpha * skip_gain * f(x * beta)`, figure 1 of the paper."""
-
-  def __init__(self, block: Block, row: Variant, name: str | None = None):
-    super().__init__(name=name)
-    self.block, self.alpha = block, row.alpha
-    self.activation = layers.ACTIVATIONS[row.activation]
-    conv, width, groups = layers.WSConv2D, block.width, block.groups
-    self.conv0 = conv(width, 1, name="conv0")
-    self.conv1 = conv(
-      width, 3, stride=block.stride, groups=groups, name="conv1"
-    )
-    if row.second_conv:
-      self.conv1b = conv(width, 3, groups=groups, name="conv1b")
-    else:
-      self.conv1b = None
-    self.conv2 = conv(block.channels, 1, name="conv2")
-    if block.has_projection:
-      self.conv_shortcut = conv(block.channels, 1, name="conv_shortcut")
-    if row.se_ratio:
-      self.squeeze_excite = layers.SqueezeExcite(block.channels, row.se_ratio)
-    else:
-      self.squeeze_excite = None
-
-  def __call__(
-    self, x: jax.Array, *, is_training: bool
-  ) -> tuple[jax.Array, jax.Array]:
-    """[N, H, W, in_channels] -> [N, H / stride, W / stride, channels].
-
-    Also returns the mean channel variance of the residual branch, a scalar.
-    """
-    act = self.activation
-    out = act(x) * self.block.beta
-
-    shortcut = x
-    if self.block.has_projection:
-      pooled = layers.average_pool(out) if self.block.stride > 1 else out
-      shortcut = self.conv_shortcut(pooled)
-
-    out = self.conv0(out)
-    out = self.conv1(act(out))
-    if self.conv1b is not None:
-      out = self.conv1b(act(out))
-    out = self.conv2(act(out))
-    if self.squeeze_excite is not None:
-      out = out * self.squeeze_excite(out) * 2  # 2: the gate starts near 1/2.
-    residual_variance = jnp.mean(jnp.var(out.astype(jnp.float32), (0, 1, 2)))
-
-    out = layers.stochastic_depth(
-      out, self.block.stochdepth_rate, is_training=is_training
-    )
-    # SkipInit: every block starts as its shortcut.
-    skip_gain = hk.get_parameter("skip_gain", (), jnp.float32, jnp.zeros)
-    out = shortcut + out * (self.alpha * skip_gain).astype(out.dtype)
-    return out, residual_variance
-
-
-class NFNet(hk.Module):
-  """The network of one row."""
-
-  def __init__(self, row: Variant, num_classes: int, name: str = "NFNet"):
-    super().__init__(name=name)
-    conv = layers.WSConv2D
-    self.row = row
-    self.activation = layers.ACTIVATIONS[row.activation]
-    self.stem = [
-      conv(width, 3, stride=stride, name=f"stem_conv{i}")
-      for i, (width, stride) in enumerate(stem_plan(row))
-    ]
-    self.blocks = [NFBlock(block, row, name="nf_block") for block in plan(row)]
-    self.final_conv = conv(final_width(row), 1, name="final_conv")
-    self.classifier = hk.Linear(
-      num_classes,
-      w_init=hk.initializers.RandomNormal(stddev=0.01),
-      name="linear",
-    )
-
-  def __call__(
-    self,
-    images: jax.Array,
-    *,
-    is_training: bool,
-    return_metrics: bool = False,
-  ) -> dict[str, jax.Array]:
-    """Classifies normalised images [N, H, W, 3], float32 or bfloat16.
-
-    Returns:
-      `logits` [N, num_classes] and `pool` [N, features], both float32. With
-      `return_metrics` also the signal propagation of each block:
-      `avg_sq_mean_i` and `avg_var_i` (0 is the stem), `res_avg_var_i`.
-    """
-    outputs = {}
-    x = images
-    for i, conv in enumerate(self.stem):
-      x = conv(self.activation(x) if i else x)
-    if return_metrics:
-      outputs.update(layers.signal_metrics(x, 0))
-
-    for i, block in enumerate(self.blocks):
-      x, residual_variance = block(x, is_training=is_training)
-      if return_metrics:
-        outputs.update(layers.signal_metrics(x, i + 1))
-        outputs[f"res_avg_var_{i}"] = residual_variance
-
-    x = self.activation(self.final_conv(x))
-    pool = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)  # [N, features]
-    outputs["pool"] = pool
-    if is_training and self.row.drop_rate:
-      pool = hk.dropout(hk.next_rng_key(), self.row.drop_rate, pool)
-    outputs["logits"] = self.classifier(pool)  # [N, num_classes]
-    return outputs
-
-
-def stem_plan(row: Variant) -> list[tuple[int, int]]:
-  """(channels, stride) of each 3x3 convolution of the stem."""
+def plan(row: Variant) -> Plan:
+  """The layers of a row."""
+  stem, channels = [], 3
   widths = [*row.stem_width, row.width[0] // 2]
-  last = len(widths) - 1
-  return [(w, 2 if i in (0, last) else 1) for i, w in enumerate(widths)]
-
-
-def final_width(row: Variant) -> int:
-  """Features that enter the classifier."""
-  return int(row.final_conv_ratio * row.width[-1])
-
-
-def stage_of(row: Variant, module: str) -> str:
-  """Part of the network that a module is in: stem, stage1 ..., or head."""
-  found = re.search(r"nf_block(?:_(\d+))?(?:/|$)", module)
-  if found:
-    return f"stage{plan(row)[int(found[1] or 0)].stage}"
-  return "stem" if "stem_conv" in module else "head"
-
-
-class _Conv(NamedTuple):
-  """One convolution, for counting."""
-
-  in_channels: int
-  channels: int
-  kernel_size: int
-  groups: int
-  positions: float  # Output height x width.
-
-  @property
-  def num_params(self) -> int:
-    fan_in = self.in_channels // self.groups * self.kernel_size**2
-    return (fan_in + 2) * self.channels  # w, gain, bias
-
-  @property
-  def macs(self) -> float:
-    fan_in = self.in_channels / self.groups * self.kernel_size**2
-    return self.positions * self.channels * fan_in
-
-
-def _convolutions(row: Variant, size: int) -> list[_Conv]:
-  found = []
-  positions = float(size * size)
-  channels = 3
-  for width, stride in stem_plan(row):
-    positions /= stride**2
-    found.append(_Conv(channels, width, 3, 1, positions))
+  for i, width in enumerate(widths):
+    stride = 2 if i in (0, len(widths) - 1) else 1
+    stem.append(Conv(f"stem_conv{i}", channels, width, 3, stride))
     channels = width
-  for b in plan(row):
-    before, positions = positions, positions / b.stride**2
-    found.append(_Conv(b.in_channels, b.width, 1, 1, before))
-    for _ in range(1 + row.second_conv):
-      found.append(_Conv(b.width, b.width, 3, b.groups, positions))
-    found.append(_Conv(b.width, b.channels, 1, 1, positions))
-    if b.has_projection:
-      found.append(_Conv(b.in_channels, b.channels, 1, 1, positions))
-    channels = b.channels
-  found.append(_Conv(channels, final_width(row), 1, 1, positions))
-  return found
+
+  blocks = []
+  stages = [i for i, num in enumerate(row.depth, start=1) for _ in range(num)]
+  for i, (stage, beta) in enumerate(
+    zip(stages, betas(stages, row.alpha), strict=True)
+  ):
+    new, group_width = row.width[stage - 1], row.group_width[stage - 1]
+    groups = int(new * row.bottleneck_ratio[stage - 1]) // group_width
+    width = groups * group_width
+    stride = 2 if stage > 1 and stages[i - 1] != stage else 1
+    convs = [
+      Conv("conv0", channels, width),
+      Conv("conv1", width, width, 3, stride, groups),
+    ]
+    if row.second_conv:
+      convs.append(Conv("conv1b", width, width, 3, 1, groups))
+    convs.append(Conv("conv2", width, new))
+    is_projected = stride > 1 or new != channels
+    blocks.append(
+      Block(
+        name=block_name("nf_block", i),
+        stage=stage,
+        beta=beta,
+        stochdepth_rate=row.stochdepth_rate * i / len(stages),
+        convs=tuple(convs),
+        shortcut=Conv("conv_shortcut", channels, new) if is_projected else None,
+        attention=_attention(row, new),
+        is_pooled=True,
+      )
+    )
+    channels = new
+  features = int(row.final_conv_ratio * channels)
+  return Plan(
+    name=NAME,
+    stem=tuple(stem),
+    has_stem_pool=False,
+    blocks=tuple(blocks),
+    final_conv=Conv("final_conv", channels, features),
+    alpha=row.alpha,
+    activation=row.activation,
+    drop_rate=row.drop_rate,
+    padding=row.padding,
+  )
 
 
-def _squeeze_weights(row: Variant) -> list[tuple[int, int]]:
-  """(channels, hidden width) of every squeeze-excite."""
-  if not row.se_ratio:
-    return []
-  return [
-    (b.channels, layers.squeeze_width(b.channels, row.se_ratio))
-    for b in plan(row)
-  ]
-
-
-def count_params(row: Variant, num_classes: int) -> int:
-  """Number of trainable scalars."""
-  convolutions = sum(c.num_params for c in _convolutions(row, 1))
-  gates = sum(2 * c * h + c + h for c, h in _squeeze_weights(row))
-  skip_gains = sum(row.depth)
-  classifier = (final_width(row) + 1) * num_classes
-  return convolutions + gates + skip_gains + classifier
-
-
-def count_macs(row: Variant, num_classes: int, size: int) -> float:
-  """Multiply-accumulates for one image of size x size pixels.
-
-  Counted as in the paper ("#FLOPs" of Table 3): convolutions, squeeze-excite
-  and classifier; no biases, activations or weight standardisation.
-  """
-  convolutions = sum(c.macs for c in _convolutions(row, size))
-  gates = sum(2 * c * h for c, h in _squeeze_weights(row))
-  return convolutions + gates + final_width(row) * num_classes
+def _attention(row: Variant, channels: int) -> Attention | None:
+  if row.attention == "eca":
+    return efficient_attention(channels, is_in_middle=False)
+  return squeeze_excite(channels, row.se_ratio, is_in_middle=False)
