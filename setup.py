@@ -13,6 +13,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["nfnets", "nfnets.*", "configs"]),
+  package_data={"nfnets.data": ["imagenet_classes.txt"]},
   install_requires=[
     "absl-py",
     "dm-haiku>=0.0.17",
@@ -24,6 +25,7 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pillow",
+    "platformdirs",
     "rich",
     "safetensors",
     "scikit-learn",

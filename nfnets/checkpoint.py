@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from nfnets import devices
 from nfnets.errors import InputError
+from nfnets.models import Model
 from nfnets.steps import TrainState
 
 _WEIGHTS = ("params", "state", "ema_params", "ema_state")
@@ -132,6 +133,30 @@ class Checkpoints:
       ) from error
     sys.unraisablehook, log.disabled = hook, was_disabled
     return restored
+
+
+def load_weights(workdir: Path, model: Model, mesh: Mesh) -> dict[str, Any]:
+  """Weights of a run's newest checkpoint, on the devices.
+
+  Returns:
+    `params`, `state`, and their averages `ema_params`, `ema_state`.
+
+  Raises:
+    InputError: when there is no checkpoint or it cannot be read.
+  """
+  params, state = model.shapes()
+  like = {
+    "params": params,
+    "state": state,
+    "ema_params": params,
+    "ema_state": state,
+  }
+  with Checkpoints(workdir) as checkpoints:
+    if checkpoints.latest_step() is None:
+      raise InputError(
+        f"{workdir} has no checkpoint yet: train it with `nfnets train`"
+      )
+    return checkpoints.restore_weights(like, mesh)
 
 
 def _ignore_closed_loops(unraisable: Any) -> None:

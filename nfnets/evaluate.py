@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfnets import checkpoint, devices, plots, pretrained, recipe, steps
+from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.data.source import Split
 from nfnets.errors import InputError, UsageError
@@ -81,7 +82,7 @@ def evaluate(
   config: ConfigDict | None,
   *,
   workdir: Path | None,
-  weights: Path | None,
+  weights: str | Path | None,
   details: Path | None = None,
 ) -> dict[str, Result]:
   """Evaluates a run's newest checkpoint, or a weights file, on the test split.
@@ -89,9 +90,9 @@ def evaluate(
   Args:
     config: None: the one of the workdir.
     workdir: A run; its raw and averaged weights are evaluated.
-    weights: Or a weights file, which needs a config to know the data. Network
-      and preparation of images are its card's, if it has one; the size of
-      images is the config's, if that has one.
+    weights: Or what `pretrained.load` takes, with a config to know the data.
+      Network and preparation of images are its card's, if it has one; the size
+      of images is the config's, if that has one.
     details: Folder for `save_details` (of the averaged weights).
 
   Returns:
@@ -143,7 +144,7 @@ def evaluate(
     pretrained.check(params, r.model, str(weights))
     results = {"weights": run(devices.replicate(params, mesh), {})}
   else:
-    found = load_workdir(workdir, r.model, mesh)
+    found = checkpoint.load_weights(workdir, r.model, mesh)
     results = {
       "raw": run(found["params"], found["state"]),
       "ema": run(found["ema_params"], found["ema_state"]),
@@ -154,7 +155,7 @@ def evaluate(
   return results
 
 
-def _with_card(config: ConfigDict, card: pretrained.Card) -> ConfigDict:
+def _with_card(config: ConfigDict, card: Card) -> ConfigDict:
   """A config with the network of a card, images prepared as it says."""
   config = config.copy_and_resolve_references()
   for column in config.model:
@@ -194,27 +195,3 @@ def save_details(
     for name, row in zip(class_names, confusion, strict=True):
       writer.writerow([name, *row])
   plots.save_confusion(confusion, class_names, folder / "confusion.png")
-
-
-def load_workdir(workdir: Path, model: Any, mesh: Mesh) -> dict[str, Any]:
-  """Weights of a run's newest checkpoint, on the devices.
-
-  Returns:
-    `params`, `state`, and their averages `ema_params`, `ema_state`.
-
-  Raises:
-    InputError: when there is no checkpoint or it cannot be read.
-  """
-  params, state = model.shapes()
-  like = {
-    "params": params,
-    "state": state,
-    "ema_params": params,
-    "ema_state": state,
-  }
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    if checkpoints.latest_step() is None:
-      raise InputError(
-        f"{workdir} has no checkpoint yet: train it with `nfnets train`"
-      )
-    return checkpoints.restore_weights(like, mesh)

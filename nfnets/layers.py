@@ -93,6 +93,15 @@ def standardize(
   return w * scale - mean * scale
 
 
+def folded_kernel(w: np.ndarray, gain: np.ndarray) -> np.ndarray:
+  """`standardize` in NumPy, for weights that do not change any more."""
+  w, gain = np.asarray(w), np.asarray(gain)
+  w = w - w.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
+  squares = np.sum(np.square(w), axis=(0, 1, 2), dtype=np.float64)
+  scale = gain / np.sqrt(np.maximum(squares, STANDARDIZE_EPS))
+  return w * scale.astype(np.float32)
+
+
 def conv2d(
   x: jax.Array,
   w: jax.Array,

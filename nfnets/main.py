@@ -6,6 +6,7 @@ Anything heavy is imported by the command that needs it.
 
 import argparse
 import ast
+import csv
 import importlib.util
 import json
 import os
@@ -21,6 +22,12 @@ _CONFIG_HELP = (
   "recipe file, file.py:VARIANT for one of a family; any value of it is "
   "changed with --config.key=value (default: the config of the workdir if it "
   "has one, else configs/digits.py)"
+)
+
+
+_WEIGHTS_HELP = (
+  "or weights: a file (ours, a released F*_haiku.npz, timm's safetensors) or a "
+  "published name, dm_nfnet_f0 to dm_nfnet_f6, which is downloaded once"
 )
 
 
@@ -80,7 +87,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
   command = add("evaluate", _evaluate, "Accuracy and loss on the test split.")
   command.add_argument("--workdir", type=Path, help="a run of nfnets train")
-  command.add_argument("--weights", type=Path, help="or a weights file")
+  command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument("--json", action="store_true", help="print JSON")
   command.add_argument(
@@ -92,14 +99,27 @@ def _make_parser() -> argparse.ArgumentParser:
 
   command = add("predict", _predict, "Classify image files.")
   command.add_argument(
-    "paths", nargs="+", metavar="PATH", help="image files, or folders of them"
+    "paths",
+    nargs="+",
+    metavar="PATH",
+    help="image files, folders of them, or quoted patterns such as '**/*.jpg'",
   )
   command.add_argument("--workdir", type=Path, help="a run of nfnets train")
-  command.add_argument("--weights", type=Path, help="or a weights file")
+  command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument(
     "--top", type=int, default=5, help="classes per image (default: 5)"
   )
-  command.add_argument("--json", action="store_true", help="print JSON lines")
+  command.add_argument(
+    "--batch_size", type=int, default=32, help="images at a time (default: 32)"
+  )
+  form = command.add_mutually_exclusive_group()
+  form.add_argument("--json", action="store_true", help="print JSON lines")
+  form.add_argument(
+    "--csv", action="store_true", help="print CSV, a row per image and class"
+  )
+  command.add_argument(
+    "--grid", type=Path, metavar="FILE", help="also draw the images, as PNG"
+  )
 
   command = add(
     "show-batch", _show_batch, "Draw an augmented training batch, to look at."
@@ -172,27 +192,65 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _predict(args: argparse.Namespace, rest: list[str]) -> int:
   del rest
-  if args.top < 1:
-    raise UsageError(f"--top={args.top}: must be at least 1")
+  for name in ("top", "batch_size"):
+    if getattr(args, name) < 1:
+      raise UsageError(f"--{name}={getattr(args, name)}: must be at least 1")
+  source = _source_of(args, "predict with")
   from nfnets import predict
+  from nfnets.data import images
 
-  num_failures = 0
-  for result in predict.predict(
-    args.paths, workdir=args.workdir, weights=args.weights, top=args.top
+  found = images.find(args.paths)
+  _keep_compiled()
+  classifier = predict.Classifier(source)
+  num_failures, shown = 0, []
+  if args.csv:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "rank", "class", "probability"])
+  for result in classifier.predict(
+    found, top=args.top, batch_size=args.batch_size
   ):
     if isinstance(result, predict.Failure):
       num_failures += 1
       print(f"nfnets predict: {result.reason}", file=sys.stderr)
-    elif args.json:
+      continue
+    if args.grid and len(shown) < predict.MOST_IN_GRID:
+      shown.append(result)
+    if args.json:
       classes = [
         {"name": name, "probability": value} for name, value in result.classes
       ]
       print(json.dumps({"path": str(result.path), "classes": classes}))
+    elif args.csv:
+      for rank, (name, value) in enumerate(result.classes, start=1):
+        writer.writerow([result.path, rank, name, f"{value:.6f}"])
     else:
-      print(result.path)
-      for name, value in result.classes:
-        print(f"  {value:7.2%}  {name}")
+      print(result)
+  if shown:
+    predict.save_grid(shown, args.grid)
+    print(f"wrote {args.grid} with {len(shown)} images", file=sys.stderr)
   return 1 if num_failures else 0
+
+
+def _source_of(args: argparse.Namespace, use: str) -> str:
+  """The one that is given of --workdir and --weights."""
+  if (args.workdir is None) == (args.weights is None):
+    raise UsageError(f"give either --workdir or --weights to {use}")
+  if args.workdir is not None:
+    from nfnets import card
+
+    card.read_config(args.workdir)  # Raises for what is no workdir.
+  return str(args.workdir or args.weights)
+
+
+def _keep_compiled() -> None:
+  """Keeps compiled programs for the next start, unless JAX is told where."""
+  import jax
+
+  from nfnets import downloads
+
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = downloads.cache_folder() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _show_batch(args: argparse.Namespace, rest: list[str]) -> None:

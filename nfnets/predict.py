@@ -1,5 +1,13 @@
-"""The story of a prediction: image files in, class names out."""
+"""The story of a prediction: images in, class names out.
 
+In a notebook:
+
+    classifier = Classifier("dm_nfnet_f0")
+    for prediction in classifier.predict(["photo.jpg"]):
+      print(prediction)
+"""
+
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +15,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nfnets import devices, evaluate, pretrained, recipe
+from nfnets import models, pretrained
 from nfnets.data import images
-from nfnets.errors import InputError, UsageError
+from nfnets.errors import InputError
 from nfnets.steps import Normalization
 
 
@@ -19,6 +27,11 @@ class Prediction(NamedTuple):
   path: Path
   classes: tuple[tuple[str, float], ...]  # (name, probability)
 
+  def __str__(self) -> str:
+    lines = [str(self.path)]
+    lines += [f"  {value:7.2%}  {name}" for name, value in self.classes]
+    return "\n".join(lines)
+
 
 class Failure(NamedTuple):
   """An image that could not be read."""
@@ -27,77 +40,104 @@ class Failure(NamedTuple):
   reason: str
 
 
-def predict(
-  paths: Iterable[str | Path],
-  *,
-  workdir: Path | None = None,
-  weights: Path | None = None,
-  top: int = 5,
-  batch_size: int = 32,
-) -> Iterator[Prediction | Failure]:
-  """Classifies image files with a run's averaged weights or a weights file.
+class Classifier:
+  """Weights with all that is needed to classify images.
 
   Args:
-    paths: Image files and folders of them.
-    workdir: A run of `nfnets train`.
-    weights: Or a weights file that has a card (`weights.safetensors`).
-    top: How many classes of each image to give.
-    batch_size: Images in memory at once.
+    source: What `pretrained.load` takes: a published name, a file, a workdir.
 
-  Yields:
-    In the order of the files, a prediction for each or why there is none.
+  Attributes:
+    card: What the weights are.
+    model, params: The network with standardised weights (`models.fold`).
 
   Raises:
-    InputError: for missing files, weights or workdirs.
+    InputError: when there are no such weights, or nobody knows their classes.
   """
-  if (workdir is None) == (weights is None):
-    raise UsageError("give either --workdir or --weights to predict with")
-  found = images.find(paths)
-  params, state, card = _load(workdir, weights)
-  model = card.make_model()
-  top = min(top, model.num_classes)
 
-  @jax.jit
-  def classify(params, state, batch):
+  def __init__(self, source: str | Path):
+    params, card = pretrained.load_with_card(source)
+    if card is None:
+      raise InputError(
+        f"{source} has no card that names its model and classes: use the "
+        "weights.safetensors that `nfnets train` writes"
+      )
+    self.card = card
+    self.model, params = models.fold(card.make_model(), params)
+    self.params = jax.device_put(params)
+    self._probabilities = jax.jit(self._forward)
+
+  def _forward(self, params, batch: jax.Array) -> jax.Array:
+    card = self.card
     batch = Normalization(card.mean, card.std)(batch, np.float32)
-    outputs, _ = model.apply(params, state, None, batch)
-    return jax.lax.top_k(jax.nn.softmax(outputs["logits"]), top)
+    outputs, _ = self.model.apply(params, {}, None, batch)
+    return jax.nn.softmax(outputs["logits"])
 
-  batch_size = min(batch_size, len(found))
-  size, crop = card.image_size, images.EVAL_CROPS[card.crop]
-  for start in range(0, len(found), batch_size):
-    batch = np.zeros((batch_size, size, size, 3), np.float32)
-    failures = {}
-    chunk = found[start : start + batch_size]
-    for i, path in enumerate(chunk):
-      try:
-        batch[i] = crop(images.read(path), size, card.margin)
-      except InputError as error:
-        failures[path] = str(error)
-    values, classes = jax.device_get(classify(params, state, batch))
-    for path, value, index in zip(chunk, values, classes, strict=False):
-      if path in failures:
-        yield Failure(path, failures[path])
-      else:
-        named = (
-          (card.class_names[i], float(v))
-          for i, v in zip(index, value, strict=True)
-        )
-        yield Prediction(path, tuple(named))
+  def prepare(self, image: np.ndarray) -> np.ndarray:
+    """[H, W, 3] grey levels -> [size, size, 3] float32, as in evaluation."""
+    crop = images.EVAL_CROPS[self.card.crop]
+    return crop(image, self.card.image_size, self.card.margin)
+
+  def probabilities(self, batch: np.ndarray) -> np.ndarray:
+    """Of all classes [N, K], for prepared images [N, size, size, 3]."""
+    return jax.device_get(self._probabilities(self.params, batch))
+
+  def predict(
+    self, paths: Iterable[str | Path], *, top: int = 5, batch_size: int = 32
+  ) -> Iterator[Prediction | Failure]:
+    """Classifies image files.
+
+    Args:
+      paths: What `images.find` takes: files, folders, patterns.
+      top: How many classes of each image to give.
+      batch_size: Images in memory at once.
+
+    Yields:
+      In the order of the files, a prediction for each or why there is none.
+
+    Raises:
+      InputError: for missing files.
+    """
+    found = images.find(paths)
+    names, size = self.card.class_names, self.card.image_size
+    batch_size = min(batch_size, len(found))
+    for start in range(0, len(found), batch_size):
+      # As large for the rest, so that nothing is compiled again.
+      batch = np.zeros((batch_size, size, size, 3), np.float32)
+      failures = {}
+      chunk = found[start : start + batch_size]
+      for i, path in enumerate(chunk):
+        try:
+          batch[i] = self.prepare(images.read(path))
+        except InputError as error:
+          failures[path] = str(error)
+      values = self.probabilities(batch)
+      for path, value in zip(chunk, values, strict=False):
+        if path in failures:
+          yield Failure(path, failures[path])
+        else:
+          best = np.argsort(-value, kind="stable")[:top]
+          yield Prediction(
+            path, tuple((names[i], float(value[i])) for i in best)
+          )
 
 
-def _load(workdir: Path | None, weights: Path | None):
-  """(params, state, card) from whichever is given."""
-  if workdir is not None:
-    card = recipe.load_card(workdir)
-    model = card.make_model()
-    found = evaluate.load_workdir(workdir, model, devices.make_mesh(1))
-    return found["ema_params"], found["ema_state"], card
-  params, card = pretrained.load_with_card(weights)
-  if card is None:
-    raise InputError(
-      f"{weights} has no card that names its model and classes: use the "
-      "weights.safetensors that `nfnets train` writes"
-    )
-  pretrained.check(params, card.make_model(), str(weights))
-  return params, {}, card
+# What one picture can hold and still be looked at.
+MOST_IN_GRID = 64
+
+
+def save_grid(predictions: list[Prediction], path: Path) -> None:
+  """Draws images with their likeliest class; at most `MOST_IN_GRID`."""
+  from matplotlib.figure import Figure
+
+  shown = predictions[:MOST_IN_GRID]
+  columns = math.ceil(math.sqrt(len(shown)))
+  rows = math.ceil(len(shown) / columns)
+  figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
+  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axis in axes:
+    axis.axis("off")
+  for axis, prediction in zip(axes, shown, strict=False):
+    name, value = prediction.classes[0]
+    axis.imshow(images.read(prediction.path))
+    axis.set_title(f"{name}\n{value:.1%}", fontsize=8)
+  figure.savefig(path, dpi=120)

@@ -1,105 +1,93 @@
-"""Weights in files: read and write, with a card that says what they are.
+"""Weights from files, runs and the network, and into files.
 
-A file holds the leaves of the two-level parameter dict under "module/name"
-keys, as safetensors or as plain npz (no pickle in either), and optionally a
-`Card`: enough to rebuild the network and prepare images for it.
+Our own files hold the leaves of the two-level parameter dict under
+"module/name" keys, as safetensors or as plain npz (no pickle in either), and
+optionally a `Card`: enough to rebuild the network and prepare images for it.
+The released pickles and timm's safetensors are read too.
 """
 
 import json
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from nfnets import models, optim, pickles
-from nfnets.errors import InputError
+from nfnets import card as cards
+from nfnets import checkpoint, devices, downloads, models, optim, pickles, timm
+from nfnets.card import Card
+from nfnets.errors import InputError, unknown
 
 Params = dict[str, dict[str, np.ndarray]]
+Shapes = dict[str, tuple[int, ...]]
 
 # Where the card is: safetensors metadata, and an npz entry (JSON as bytes).
 _CARD_KEY = "nfnets"
 
 
-class Card(NamedTuple):
-  """What a set of weights is and how images are prepared for it."""
-
-  model: str  # Name in the variant table.
-  overrides: dict[str, Any]  # Columns that differ from the table.
-  class_names: tuple[str, ...]
-  image_size: int  # Pixels, evaluation.
-  crop: str  # Of `data.images.EVAL_CROPS`: how images get to that size.
-  margin: int  # Resized to image_size + margin before the middle is cropped.
-  mean: tuple[float, ...]  # Per colour, grey levels 0 to 255.
-  std: tuple[float, ...]
-
-  def make_model(self) -> models.Model:
-    """The network that the weights fit."""
-    return models.make(self.model, len(self.class_names), **self.overrides)
-
-  @classmethod
-  def from_dict(cls, values: dict[str, Any], origin: str) -> "Card":
-    """From parsed JSON; `origin` names the file in errors."""
-    if set(values) != set(cls._fields):
-      raise InputError(
-        f"{origin}: its card has {sorted(values)}, expected "
-        f"{sorted(cls._fields)}: it was written by another version"
-      )
-    return cls(**as_tuples(values))
-
-
-def as_tuples(value: Any) -> Any:
-  """Parsed JSON with the tuples that its lists were."""
-  if isinstance(value, dict):
-    return {k: as_tuples(v) for k, v in value.items()}
-  return tuple(map(as_tuples, value)) if isinstance(value, list) else value
-
-
-def save(path: str | Path, params: Any, card: Card | None = None) -> None:
-  """Writes weights as `.safetensors` or `.npz`, by the name's ending.
-
-  Raises:
-    InputError: for another ending.
-  """
-  path = Path(path)
-  flat = _flatten(params)
-  text = json.dumps(card._asdict()) if card is not None else None
-  partial = path.with_name(f".partial-{path.name}")
-  if path.suffix == ".safetensors":
-    from safetensors.numpy import save as to_bytes
-
-    # Not the library's own file writing, which only its owner could read.
-    metadata = {_CARD_KEY: text} if text else None
-    partial.write_bytes(to_bytes(flat, metadata=metadata))
-  elif path.suffix == ".npz":
-    if text:
-      flat[_CARD_KEY] = np.frombuffer(text.encode(), np.uint8)
-    np.savez(partial, **flat)
-  else:
-    raise InputError(f"{path}: weights are saved as .safetensors or .npz")
-  os.replace(partial, path)
-
-
-def load(path: str | Path) -> Params:
+def load(source: str | Path, *, is_average: bool = True) -> Params:
   """Weights as a two-level dict of float32 arrays.
 
-  Reads `.safetensors`, plain `.npz`, and the released `F*_haiku.npz`, which are
-  pickles (`nfnets.pickles`).
+  Args:
+    source: A published name (`dm_nfnet_f0` ... `dm_nfnet_f6`, see `downloads`),
+      which is downloaded once; or the workdir of a run; or a file: ours
+      (`.safetensors`, plain `.npz`), the released `F*_haiku.npz`, which are
+      pickles (`nfnets.pickles`), or timm's `.safetensors` (`nfnets.timm`). What
+      a file is, is seen from its content.
+    is_average: Of a workdir, whether to take the averaged weights or the raw.
 
   Raises:
-    InputError: when the file is missing, damaged, or of another kind.
+    InputError: when there is none, or it is damaged or of another kind.
   """
-  return _load(path)[0]
+  return load_with_card(source, is_average=is_average)[0]
 
 
-def load_with_card(path: str | Path) -> tuple[Params, Card | None]:
-  """Weights and, if the file has one, their card. Raises as `load`."""
-  return _load(path)
+def load_with_card(
+  source: str | Path, *, is_average: bool = True
+) -> tuple[Params, Card | None]:
+  """Weights and what they are; arguments and errors as of `load`.
+
+  Files that say nothing about themselves are known by their shapes: with a
+  thousand classes they get the card of weights for ImageNet, else none.
+  """
+  name = str(source)
+  if name in downloads.PUBLISHED:
+    path = downloads.fetch(name)
+    params, _ = load_file(path)
+    model = models.make(downloads.PUBLISHED[name].model)
+    check(params, model, str(path))
+    return params, cards.for_imagenet(model, name)
+  path = Path(source)
+  if path.is_dir():
+    return _load_workdir(path, is_average=is_average)
+  if not path.exists() and not path.suffix and len(path.parts) == 1:
+    raise unknown(
+      "weights (no file or folder, and no published name)",
+      name,
+      downloads.PUBLISHED,
+    )
+  return load_file(path)
 
 
-def _load(path: str | Path) -> tuple[Params, Card | None]:
-  path = Path(path)
+def _load_workdir(
+  workdir: Path, *, is_average: bool
+) -> tuple[Params, Card | None]:
+  card = cards.of_workdir(workdir)
+  finished = workdir / "weights.safetensors"
+  if is_average and finished.is_file():
+    return load_file(finished)[0], card
+  model, mesh = card.make_model(), devices.make_mesh(1)
+  found = checkpoint.load_weights(workdir, model, mesh)
+  return jax.device_get(found["ema_params" if is_average else "params"]), card
+
+
+def load_file(
+  path: Path, *, trained_in_timm: bool = False
+) -> tuple[Params, Card | None]:
+  """As `load_with_card`, of a file; `trained_in_timm`: see `timm.to_ours`."""
   if not path.is_file():
     raise InputError(f"{path}: there is no such weights file")
   read = {".safetensors": _read_safetensors, ".npz": _read_npz}
@@ -110,14 +98,139 @@ def _load(path: str | Path) -> tuple[Params, Card | None]:
   # The released files are pickles, though their names end in npz.
   reader = _read_pickle if is_pickle else read[path.suffix]
   flat, text = reader(path)
+
+  if timm.is_timm(flat):
+    model = _recognize(flat, str(path), _timm_candidates(flat))
+    params = timm.to_ours(flat, model, trained_in_timm=trained_in_timm)
+    return params, _published_card(model, path)
   params: Params = {}
   for key, value in flat.items():
     module, _, name = key.rpartition("/")
     params.setdefault(module, {})[name] = value.astype(np.float32)
-  card = None
   if text is not None:
     card = Card.from_dict(json.loads(text), str(path))
-  return params, card
+    check(params, card.make_model(), str(path))
+    return params, card
+  try:
+    model = _recognize(flat, str(path), _our_candidates(flat))
+  except InputError:
+    if is_pickle:  # Only published networks are in pickles.
+      raise
+    return params, None  # Of a network with other columns than the table's.
+  return params, _published_card(model, path)
+
+
+def _published_card(model: models.Model, path: Path) -> Card | None:
+  is_imagenet = model.num_classes == 1000
+  return cards.for_imagenet(model, path.name) if is_imagenet else None
+
+
+class _Candidate(NamedTuple):
+  """A network that a file may be of."""
+
+  title: str
+  model: models.Model
+  shapes: Shapes
+
+
+def _our_candidates(flat: dict[str, np.ndarray]) -> Iterable[_Candidate]:
+  num_classes = next(
+    (
+      len(value)
+      for key, value in flat.items()
+      if key.endswith("/b") and optim.is_classifier(key)
+    ),
+    1000,
+  )
+  for name in models.VARIANTS:
+    model = models.make(name, num_classes)
+    yield _Candidate(name, model, _shapes_of(model.shapes()[0]))
+
+
+def _timm_candidates(flat: dict[str, np.ndarray]) -> Iterable[_Candidate]:
+  has_skip_gain = any(key.endswith(".skipinit_gain") for key in flat)
+  num_classes = len(flat.get("head.fc.bias", range(1000)))
+  for name in models.VARIANTS:
+    model = models.make(name, num_classes)
+    theirs = timm.name_of(model)
+    if theirs and has_skip_gain != timm.is_native(model):
+      yield _Candidate(f"timm's {theirs}", model, timm.shapes(model))
+
+
+def _recognize(
+  flat: dict[str, np.ndarray], origin: str, candidates: Iterable[_Candidate]
+) -> models.Model:
+  """The network that has exactly these names and shapes.
+
+  Raises:
+    InputError: when none has, with the differences to the nearest.
+  """
+  theirs = {key: value.shape for key, value in flat.items()}
+  nearest, most = None, -np.inf
+  for candidate in candidates:
+    if candidate.shapes == theirs:
+      return candidate.model
+    num_equal = len(candidate.shapes.items() & theirs.items())
+    # Of two with as much in common the one that has less beside it.
+    score = 2 * num_equal - len(candidate.shapes)
+    if score > most:
+      nearest, most = candidate, score
+  raise _mismatch(origin, nearest, theirs)
+
+
+def _mismatch(origin: str, expected: _Candidate, theirs: Shapes) -> InputError:
+  """Both sides of the first differences."""
+  ours, name = expected.shapes, expected.model.name
+  wrong = [
+    f"{key}: {theirs.get(key, 'missing')} in the file, "
+    f"{ours.get(key, 'absent')} in {name}"
+    for key in sorted(ours.keys() | theirs.keys())
+    if ours.get(key) != theirs.get(key)
+  ]
+  more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+  return InputError(
+    f"{origin} does not hold weights of {expected.title} with "
+    f"{expected.model.num_classes} classes: {'; '.join(wrong[:3])}{more}"
+  )
+
+
+def check(params: Any, model: models.Model, origin: str) -> None:
+  """Raises `InputError` unless every name and shape is what the model has."""
+  expected = _Candidate(model.name, model, _shapes_of(model.shapes()[0]))
+  theirs = _shapes_of(params)
+  if theirs != expected.shapes:
+    raise _mismatch(origin, expected, theirs)
+
+
+def save(path: str | Path, params: Any, card: Card | None = None) -> None:
+  """Writes weights as `.safetensors` or `.npz`, by the name's ending.
+
+  Raises:
+    InputError: for another ending.
+  """
+  path = Path(path)
+  text = json.dumps(card._asdict()) if card is not None else None
+  save_tensors(path, _flatten(params), text)
+
+
+def save_tensors(
+  path: Path, tensors: dict[str, np.ndarray], card: str | None = None
+) -> None:
+  """Writes arrays by name; errors as `save`. The file appears when whole."""
+  partial = path.with_name(f".partial-{path.name}")
+  if path.suffix == ".safetensors":
+    from safetensors.numpy import save as to_bytes
+
+    # Not the library's own file writing, which only its owner could read.
+    metadata = {_CARD_KEY: card} if card else None
+    partial.write_bytes(to_bytes(tensors, metadata=metadata))
+  elif path.suffix == ".npz":
+    if card:
+      tensors = tensors | {_CARD_KEY: np.frombuffer(card.encode(), np.uint8)}
+    np.savez(partial, **tensors)
+  else:
+    raise InputError(f"{path}: weights are saved as .safetensors or .npz")
+  os.replace(partial, path)
 
 
 def _read_pickle(path: Path):
@@ -147,26 +260,6 @@ def _read_npz(path: Path):
     ) from None
   card = flat.pop(_CARD_KEY, None)
   return flat, None if card is None else card.tobytes().decode()
-
-
-def check(params: Any, model: models.Model, origin: str) -> None:
-  """Raises `InputError` unless every name and shape is what the model has."""
-  expected, _ = model.shapes()
-  ours = {key: value.shape for key, value in _leaves(expected)}
-  theirs = {key: value.shape for key, value in _leaves(params)}
-  if ours == theirs:
-    return
-  wrong = [
-    f"{key}: {theirs.get(key, 'missing')} in the file, "
-    f"{ours.get(key, 'absent')} in {model.name}"
-    for key in sorted(ours.keys() | theirs.keys())
-    if ours.get(key) != theirs.get(key)
-  ]
-  more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-  raise InputError(
-    f"{origin} does not hold weights of {model.name} with "
-    f"{model.num_classes} classes: {'; '.join(wrong[:3])}{more}"
-  )
 
 
 def transfer(
@@ -213,3 +306,7 @@ def _leaves(params: Any):
 
 def _flatten(params: Any) -> dict[str, np.ndarray]:
   return {key: np.asarray(value) for key, value in _leaves(params)}
+
+
+def _shapes_of(params: Any) -> Shapes:
+  return {key: tuple(value.shape) for key, value in _leaves(params)}

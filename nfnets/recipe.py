@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
-from nfnets import models, optim, pretrained
+from nfnets import card as cards
+from nfnets import models, optim
 from nfnets.augment import Augment, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
 from nfnets.errors import InputError, UsageError, unknown
 from nfnets.steps import Normalization
-
-_FILE = "config.json"
 
 # What a workdir is bound to, besides the model.
 _FIXED = (
@@ -49,7 +48,7 @@ class Recipe(NamedTuple):
   config: ConfigDict
   source: Source
   model: models.Model
-  card: pretrained.Card
+  card: cards.Card
   train_size: int  # Pixels.
   steps_per_epoch: float
   total_steps: int
@@ -161,7 +160,7 @@ def resolve(config: ConfigDict) -> Recipe:
     config=config,
     source=source,
     model=models.make(name, num_classes, **overrides),
-    card=pretrained.Card(
+    card=cards.Card(
       model=name,
       overrides=overrides,
       class_names=source.class_names,
@@ -284,7 +283,7 @@ def changes_since(recipe: Recipe, workdir: Path) -> list[str]:
   """
   old = _flatten(load_config(workdir).to_dict())
   new = _flatten(recipe.config.to_dict())
-  old["classes"] = list(load_card(workdir).class_names)
+  old["classes"] = list(cards.of_workdir(workdir).class_names)
   new["classes"] = list(recipe.card.class_names)
   # Without AGC the optimiser's state has another structure.
   for flat in (old, new):
@@ -320,8 +319,8 @@ def save(recipe: Recipe, workdir: Path) -> None:
     },
     indent=2,
   )
-  path = workdir / _FILE
-  partial = path.with_name(f".partial-{_FILE}")
+  path = workdir / cards.CONFIG
+  partial = path.with_name(f".partial-{cards.CONFIG}")
   partial.write_text(text + "\n")
   os.replace(partial, path)
 
@@ -334,35 +333,14 @@ def load_config(workdir: Path) -> ConfigDict:
   """
   config = base.get_config()
   try:
-    saved = pretrained.as_tuples(_read(workdir)["config"])
+    saved = cards.as_tuples(cards.read_config(workdir)["config"])
     _check_keys(saved)
     config.update(saved)
   except (KeyError, TypeError, UsageError) as error:
     raise InputError(
-      f"{workdir / _FILE} is no config of this version ({error})"
+      f"{workdir / cards.CONFIG} is no config of this version ({error})"
     ) from None
   return config
-
-
-def load_card(workdir: Path) -> pretrained.Card:
-  """What the weights of a workdir are."""
-  found = _read(workdir)
-  if "card" not in found:
-    raise InputError(f"{workdir / _FILE} has no card: it is damaged")
-  return pretrained.Card.from_dict(found["card"], str(workdir / _FILE))
-
-
-def _read(workdir: Path) -> dict[str, Any]:
-  path = workdir / _FILE
-  if not path.is_file():
-    what = "is no workdir of a run" if workdir.exists() else "does not exist"
-    raise InputError(
-      f"{workdir} {what} (no {_FILE}): give the --workdir of `nfnets train`"
-    )
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise InputError(f"{path} is not JSON ({error})") from None
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

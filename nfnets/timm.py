@@ -41,15 +41,13 @@ class _Leaf(NamedTuple):
   kind: str  # conv, gain, vector, linear, gate, taps
 
 
-def names_of(model: models.Model) -> list[str]:
+def name_of(model: models.Model) -> str | None:
   """What timm calls a network, if it has it."""
   name = model.name
-  if name.startswith("timm_"):
-    return [name.removeprefix("timm_")]
   if is_native(model):
-    return [name]
+    return name.removeprefix("timm_")
   is_released = name in {f"nfnet_f{n}" for n in range(7)}
-  return [f"dm_{name}"] if is_released else []
+  return f"dm_{name}" if is_released else None
 
 
 def is_native(model: models.Model) -> bool:
@@ -60,49 +58,6 @@ def is_native(model: models.Model) -> bool:
 def is_timm(keys: Mapping[str, np.ndarray]) -> bool:
   """Whether tensors have timm's names."""
   return any(key.startswith("stem.conv") for key in keys)
-
-
-def recognize(tensors: Tensors, origin: str) -> models.Model:
-  """The network that tensors with timm's names are of.
-
-  Raises:
-    InputError: when it is none, with the differences to the nearest.
-  """
-  has_skip_gain = any(key.endswith(".skipinit_gain") for key in tensors)
-  num_classes = len(tensors.get("head.fc.bias", [0]))
-  theirs = {key: value.shape for key, value in tensors.items()}
-  best: tuple[int, models.Model | None, dict] = (-1, None, {})
-  for name in models.VARIANTS:
-    model = models.make(name, num_classes)
-    if not names_of(model) or is_native(model) == has_skip_gain:
-      continue
-    ours = shapes(model)
-    if ours == theirs:
-      return model
-    num_equal = len(ours.items() & theirs.items())
-    # Of two that have as much in common, the one with less beside it.
-    score = 2 * num_equal - len(ours)
-    if score > best[0] or best[1] is None:
-      best = (score, model, ours)
-  _, model, ours = best
-  raise mismatch(origin, f"timm's {names_of(model)[0]}", model, ours, theirs)
-
-
-def mismatch(
-  origin: str, title: str, model: models.Model, ours: dict, theirs: dict
-) -> InputError:
-  """The error for weights of another network: the first differences."""
-  wrong = [
-    f"{key}: {theirs.get(key, 'missing')} in the file, "
-    f"{ours.get(key, 'absent')} in {model.name}"
-    for key in sorted(ours.keys() | theirs.keys())
-    if ours.get(key) != theirs.get(key)
-  ]
-  more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-  return InputError(
-    f"{origin} does not hold weights of {title} with "
-    f"{model.num_classes} classes: {'; '.join(wrong[:3])}{more}"
-  )
 
 
 def shapes(model: models.Model) -> dict[str, tuple[int, ...]]:
@@ -121,7 +76,7 @@ def to_ours(
 
   Args:
     tensors: All that `shapes` has.
-    model: From `recognize`.
+    model: Their network.
     trained_in_timm: Whether weights of a `dm_nfnet` were changed by training
       there, where kernels are standardised with another epsilon. The weights of
       the other families were anyway.
@@ -162,7 +117,7 @@ def from_ours(
   Raises:
     InputError: when timm does not have that network.
   """
-  if not names_of(model):
+  if name_of(model) is None:
     raise InputError(f"timm has no network like {model.name}")
   params = {
     module: {name: np.asarray(v, np.float64) for name, v in values.items()}

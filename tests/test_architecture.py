@@ -17,6 +17,7 @@ FLOORS = (
   (
     "agc",
     "devices",
+    "downloads",
     "layers",
     "losses",
     "mixing",
@@ -25,7 +26,16 @@ FLOORS = (
     "sam",
   ),
   ("augment", "data", "models", "optim"),
-  ("checkpoint", "metrics", "plots", "pretrained", "progress", "steps", "timm"),
+  (
+    "card",
+    "checkpoint",
+    "metrics",
+    "plots",
+    "pretrained",
+    "progress",
+    "steps",
+    "timm",
+  ),
   ("evaluate", "info", "predict", "recipe", "show_batch", "train"),
   ("main",),
 )
@@ -34,6 +44,7 @@ NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
   "plots": {"metrics"},
+  "pretrained": {"card", "checkpoint", "timm"},
   "evaluate": {"recipe"},
   "predict": {"recipe", "evaluate"},
   "show_batch": {"recipe"},

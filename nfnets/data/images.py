@@ -3,7 +3,9 @@
 Shapes: H height, W width in pixels; images [H, W, 3] with values 0 to 255.
 """
 
+import glob
 import io
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,26 +18,35 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
-  """Image files among files and folders (searched recursively), in order.
+  """Image files among files, folders, patterns and file URLs, in order.
+
+  Folders are searched recursively; a pattern is one of the shell's, in which
+  `**` stands for any folders.
 
   Raises:
-    InputError: for a path that does not exist or a folder without images.
+    InputError: for a path that does not exist, or under which no images are.
   """
   found = []
-  for path in map(Path, paths):
+  for given in map(str, paths):
+    if given.startswith(("http://", "https://")):
+      raise InputError(f"{given} is on the network: download it first")
+    path = Path(given)
+    if given.startswith("file:"):
+      path = Path(urllib.parse.unquote(urllib.parse.urlsplit(given).path))
     if path.is_dir():
-      inside = sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
-      )
-      if not inside:
-        raise InputError(
-          f"{path} holds no image files (looked for {', '.join(SUFFIXES)})"
-        )
-      found += inside
+      inside = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES]
     elif path.exists():
-      found.append(path)
+      inside = [path]
+    elif glob.has_magic(given):
+      matches = map(Path, glob.glob(given, recursive=True))
+      inside = [p for p in matches if p.suffix.lower() in SUFFIXES]
     else:
-      raise InputError(f"{path} does not exist: give image files or folders")
+      raise InputError(f"{given} does not exist: give image files or folders")
+    if not inside:
+      raise InputError(
+        f"{given} holds no image files (looked for {', '.join(SUFFIXES)})"
+      )
+    found += sorted(inside)
   return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nfnets.data import digits, encoded, folder, tfds_source
+from nfnets.data import digits, encoded, folder, imagenet, tfds_source
 from nfnets.data.source import Examples, Sizes, Source, Split
 from nfnets.errors import UsageError, unknown
 
@@ -102,8 +102,8 @@ def _tfds(
       num_examples, fetch, sizes=sizes, pool=pool, broken=broken
     )
 
-  names = builder.info.features[label_key].names
-  return Source(tuple(names), *map(split, splits))
+  names = imagenet.readable(builder.info.features[label_key].names)
+  return Source(names, *map(split, splits))
 
 
 def _folder(
@@ -121,7 +121,8 @@ def _folder(
       len(files), fetch, sizes=sizes, pool=pool, broken=broken
     )
 
-  return Source(listing.class_names, split(listing.train), split(listing.test))
+  names = imagenet.readable(listing.class_names)
+  return Source(names, split(listing.train), split(listing.test))
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray) -> Split:

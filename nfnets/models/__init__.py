@@ -180,14 +180,10 @@ def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
     float32.
   """
 
-  def fold_module(values):
-    values = dict(values)
+  folded = {}
+  for module, values in params.items():
+    folded[module] = dict(values)
     if "gain" in values:
-      gain = values.pop("gain")
-      values["w"] = layers.standardize(values["w"], gain)
-    return values
-
-  folded = jax.jit(
-    lambda params: {m: fold_module(values) for m, values in params.items()}
-  )(params)
+      gain = folded[module].pop("gain")
+      folded[module]["w"] = layers.folded_kernel(values["w"], gain)
   return _make(model.name, model.variant, model.num_classes, True), folded
