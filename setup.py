@@ -34,6 +34,7 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
+    "onnx": ["onnx"],
     "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
     # Only to prepare ImageNet and to compare input pipelines.
     "tensorflow": [
@@ -48,6 +49,8 @@ setup(
       "array_record",
       "hypothesis",
       "importlib_resources",
+      "onnx",
+      "onnxruntime",
       "pytest",
       "pytest-xdist",
       "ruff",

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="nfnets",
-    description="Normalizer-Free Networks: train, evaluate, predict.",
+    description="Normalizer-Free Networks: train, evaluate, predict, export.",
     allow_abbrev=False,
   )
   commands = parser.add_subparsers(dest="command", required=True)
@@ -119,6 +119,46 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     "--grid", type=Path, metavar="FILE", help="also draw the images, as PNG"
+  )
+
+  command = add(
+    "export",
+    _export,
+    "Write weights, or a program that runs without this package.",
+  )
+  command.add_argument(
+    "out",
+    type=Path,
+    metavar="OUT",
+    help="what it becomes is told by its ending: weights as .safetensors or "
+    ".npz, a .stablehlo program for JAX, or .onnx; a model card, OUT.md, is "
+    "written beside it",
+  )
+  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
+  command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
+
+  command = add(
+    "convert",
+    _convert,
+    "Rewrite weights between the released form, ours and timm's.",
+  )
+  command.add_argument("source", metavar="IN", help="see --weights of predict")
+  command.add_argument(
+    "out", type=Path, metavar="OUT", help=".safetensors or .npz"
+  )
+  command.add_argument(
+    "--to",
+    choices=("ours", "timm"),
+    default="ours",
+    help="whose names: the published ones of Haiku, with a card (default), or "
+    "timm's",
+  )
+  command.add_argument(
+    "--fold_epsilon",
+    action="store_true",
+    help="for a dm_nfnet only: from timm, the weights were trained there; to "
+    "timm, they shall give the same outputs there, where kernels are "
+    "standardised with another epsilon (other networks are always rewritten)",
   )
 
   command = add(
@@ -229,6 +269,25 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
     predict.save_grid(shown, args.grid)
     print(f"wrote {args.grid} with {len(shown)} images", file=sys.stderr)
   return 1 if num_failures else 0
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+  del rest
+  source = _source_of(args, "export")
+  from nfnets import export
+
+  for path in export.export(source, args.out):
+    print(f"wrote {path} ({path.stat().st_size / 1e6:,.2f} MB)")
+
+
+def _convert(args: argparse.Namespace, rest: list[str]) -> None:
+  del rest
+  from nfnets import export
+
+  title = export.convert(
+    args.source, args.out, to=args.to, folds_epsilon=args.fold_epsilon
+  )
+  print(f"wrote {args.out}: {title}")
 
 
 def _source_of(args: argparse.Namespace, use: str) -> str:

@@ -133,6 +133,16 @@ class _Candidate(NamedTuple):
   shapes: Shapes
 
 
+def recognize(params: Any, origin: str) -> models.Model:
+  """The network of the table that weights fit.
+
+  Raises:
+    InputError: when it is none, with the differences to the nearest.
+  """
+  flat = _flatten(params)
+  return _recognize(flat, origin, _our_candidates(flat))
+
+
 def _our_candidates(flat: dict[str, np.ndarray]) -> Iterable[_Candidate]:
   num_classes = next(
     (

@@ -30,23 +30,24 @@ FLOORS = (
     "card",
     "checkpoint",
     "metrics",
+    "onnx_graph",
     "plots",
     "pretrained",
     "progress",
     "steps",
     "timm",
   ),
-  ("evaluate", "info", "predict", "recipe", "show_batch", "train"),
+  ("evaluate", "export", "info", "predict", "recipe", "show_batch", "train"),
   ("main",),
 )
 # Within a floor: who may import a neighbour (no cycles: left to right only).
 NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
+  "onnx_graph": {"card"},
   "plots": {"metrics"},
   "pretrained": {"card", "checkpoint", "timm"},
   "evaluate": {"recipe"},
-  "predict": {"recipe", "evaluate"},
   "show_batch": {"recipe"},
   "train": {"recipe", "evaluate"},
 }

@@ -39,27 +39,37 @@ def test_standardization_has_a_floor_instead_of_a_summand():
 
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
 @pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (3, 4)])
-def test_convolution_forms_are_equal(monkeypatch, size, stride, kernel, groups):
+def test_convolution_forms_are_equal(size, stride, padding, kernel, groups):
   x = _normal(2, size, size, 8)
   w = _normal(kernel, kernel, 8 // groups, 12, seed=1)
+  options = {"stride": stride, "groups": groups, "padding": padding}
 
-  def value_and_gradients(x, w):
+  def value_and_gradients(convolve):
     def total(x, w):
-      out = layers.conv2d(x, w, stride=stride, groups=groups)
+      out = convolve(x, w, **options)
       return jnp.sum(jnp.sin(out)), out
 
     return jax.grad(total, argnums=(0, 1), has_aux=True)(x, w)
 
-  ours = value_and_gradients(x, w)
+  ours = value_and_gradients(layers.convolve_on_cpu)
   assert ours[1].shape == (2, -(-size // stride), -(-size // stride), 12)
-  monkeypatch.setattr(jax, "default_backend", lambda: "another")
-  plain = value_and_gradients(x, w)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    ours,
-    plain,
-  )
+  for other in (layers.convolve, layers.conv2d):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      ours,
+      value_and_gradients(other),
+    )
+
+
+def test_convolutions_take_the_form_of_the_platform_they_are_compiled_for():
+  x, w = _normal(2, 8, 8, 8), _normal(3, 3, 2, 12, seed=1)
+  convolve = jax.jit(lambda x, w: layers.conv2d(x, w, groups=4))
+  grouped = "feature_group_count = 4"
+  for platform, is_grouped in (("cpu", False), ("cuda", True), ("tpu", True)):
+    exported = jax.export.export(convolve, platforms=[platform])(x, w)
+    assert (grouped in exported.mlir_module()) == is_grouped, platform
 
 
 @pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))

@@ -1,0 +1,214 @@
+"""The story of leaving: weights and programs that run without this package."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nfnets import models, onnx_graph, pretrained, timm
+from nfnets.card import Card
+from nfnets.errors import InputError
+from nfnets.steps import Normalization
+
+# A StableHLO program is a flat buffer.
+_MOST_BYTES = 2**31 - 2**24
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(source: str | Path, out: Path) -> list[Path]:
+  """Writes weights, or a program with the weights inside, and a model card.
+
+  Args:
+    source: What `pretrained.load` takes.
+    out: `.safetensors` or `.npz` (weights), `.stablehlo` (a program for
+      `jax.export.deserialize`), `.onnx`.
+
+  Returns:
+    The files that were written.
+
+  Raises:
+    InputError: for another ending, or weights that nobody knows the network of.
+  """
+  if out.suffix not in WRITERS:
+    raise InputError(
+      f"{out}: exports end in {', '.join(WRITERS)}; the ending says what is "
+      "written"
+    )
+  if not out.absolute().parent.is_dir():
+    raise InputError(f"{out}: there is no folder {out.absolute().parent}")
+  params, card = pretrained.load_with_card(source)
+  if card is None:
+    raise InputError(
+      f"{source} has no card that names its model and classes: export the "
+      "weights.safetensors that `nfnets train` writes"
+    )
+  card = card._replace(source=card.source or str(source))
+  WRITERS[out.suffix](out, params, card)
+  text = out.with_name(f"{out.name}.md")
+  text.write_text(model_card(card, out))
+  return [out, text]
+
+
+def save_stablehlo(path: Path, params: Any, card: Card) -> None:
+  """Writes a self-contained program: uint8 images -> probabilities.
+
+  It takes uint8 [N, size, size, 3] for any N and gives float32 [N, classes], on
+  CPU, CUDA and TPU, each with the form of convolution that is fast there:
+
+      program = jax.export.deserialize(bytearray(open(path, "rb").read()))
+      probabilities = program.call(images)
+
+  Raises:
+    InputError: for weights of over two gigabytes.
+  """
+  model, weights = models.fold(card.make_model(), params)
+  if 4 * model.count_params() > _MOST_BYTES:
+    raise InputError(
+      f"{model.name} has {4 * model.count_params() / 2**30:.2f} GiB of weights, "
+      "a program can hold 2: export them as safetensors"
+    )
+
+  def classify(images: jax.Array) -> jax.Array:
+    images = Normalization(card.mean, card.std)(images, jnp.float32)
+    outputs, _ = model.apply(weights, {}, None, images)
+    return jax.nn.softmax(outputs["logits"])
+
+  (num,) = jax.export.symbolic_shape("N")
+  shape = (num, card.image_size, card.image_size, 3)
+  exported = jax.export.export(jax.jit(classify), platforms=PLATFORMS)(
+    jax.ShapeDtypeStruct(shape, jnp.uint8)
+  )
+  _write(path, exported.serialize())
+
+
+def save_onnx(path: Path, params: Any, card: Card) -> None:
+  """Writes an ONNX model: see `onnx_graph.build`."""
+  _write(path, onnx_graph.build(params, card).SerializeToString())
+
+
+def _write(path: Path, data: bytes | bytearray) -> None:
+  partial = path.with_name(f".partial-{path.name}")
+  partial.write_bytes(data)
+  os.replace(partial, path)
+
+
+WRITERS: dict[str, Callable[[Path, Any, Card], None]] = {
+  ".safetensors": pretrained.save,
+  ".npz": pretrained.save,
+  ".stablehlo": save_stablehlo,
+  ".onnx": save_onnx,
+}
+
+_HOW_TO_USE = {
+  ".stablehlo": """\
+```python
+import jax
+
+with open("{name}", "rb") as file:
+  program = jax.export.deserialize(bytearray(file.read()))
+# images: uint8 [N, {size}, {size}, 3], RGB; any N.
+probabilities = program.call(images)  # float32 [N, {num_classes}]
+```
+""",
+  ".onnx": """\
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}")
+# images: uint8 [N, {size}, {size}, 3], RGB; any N.
+logits, probabilities = session.run(None, {{"images": images}})
+```
+""",
+  "weights": """\
+```python
+from nfnets.predict import Classifier
+
+classifier = Classifier("{name}")
+for prediction in classifier.predict(["photo.jpg"]):
+  print(prediction)
+```
+""",
+}
+
+_CROPS = {
+  "resize": "resized to {full} x {full} px without regard to proportions "
+  "(bicubic, a = -0.5, no antialiasing), of which the middle {size} x {size} "
+  "is taken",
+  "padded": "the middle square is cut out, {size}/{full} of the shorter side, "
+  "and resized to {size} x {size} px (bicubic, a = -0.5, no antialiasing)",
+}
+
+
+def model_card(card: Card, path: Path) -> str:
+  """What a person needs to know to use a file, as Markdown."""
+  model = card.make_model()
+  size = card.image_size
+  crop = _CROPS[card.crop].format(full=size + card.margin, size=size)
+  columns = ", ".join(f"{k}={v}" for k, v in card.overrides.items())
+  facts = {
+    "file": f"`{path.name}`",
+    "network": card.model + (f" with {columns}" if columns else ""),
+    "weights from": card.source,
+    "parameters": f"{model.count_params():,}",
+    "multiply-accumulates": f"{model.count_macs(size) / 1e9:.2f} billion",
+    "images": f"RGB, {crop}",
+    "mean of the colours": f"{_numbers(card.mean)} (of 0 to 255)",
+    "standard deviation": _numbers(card.std),
+    "classes": f"{model.num_classes:,}",
+  }
+  table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+  use = _HOW_TO_USE.get(path.suffix, _HOW_TO_USE["weights"]).format(
+    name=path.name, size=size, num_classes=model.num_classes
+  )
+  note = ""
+  if path.suffix in (".stablehlo", ".onnx"):
+    note = "The file normalises the colours itself: give it grey levels 0 to 255.\n\n"
+  details = json.dumps(card._asdict(), ensure_ascii=False)
+  return (
+    f"# {card.model}\n\n| | |\n| --- | --- |\n{table}\n\n{note}{use}\n"
+    f"All of it for programs, names of the classes in the order of the outputs "
+    f"included:\n\n```json\n{details}\n```\n"
+  )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+  return ", ".join(f"{value:g}" for value in values)
+
+
+def convert(
+  source: str | Path, out: Path, *, to: str = "ours", folds_epsilon: bool
+) -> str:
+  """Rewrites weights; returns what they are.
+
+  Args:
+    source: What `pretrained.load` takes.
+    out: `.safetensors` or `.npz`.
+    to: `ours`, the published names, with a card; or `timm`.
+    folds_epsilon: See `timm.to_ours` and `timm.from_ours`.
+
+  Raises:
+    InputError: for weights that nobody knows the network of, or that timm has
+      no network for.
+  """
+  path = Path(source)
+  if path.is_file():
+    params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)
+  else:
+    params, card = pretrained.load_with_card(source)
+  model = card.make_model() if card else pretrained.recognize(params, str(path))
+  if to == "ours":
+    pretrained.save(out, params, card)
+    return f"{model.name}, {model.num_classes} classes"
+  if card is not None and card.overrides:
+    raise InputError(
+      f"{source} is {model.name} with other columns ({card.overrides}), for "
+      "which timm has no name"
+    )
+  tensors = timm.from_ours(params, model, for_use_in_timm=folds_epsilon)
+  pretrained.save_tensors(out, tensors)
+  return f"timm's {timm.name_of(model)}, {model.num_classes} classes"
