@@ -16,11 +16,13 @@ def get_config() -> ConfigDict:
 
   # Of the initial weights, dropout, stochastic depth, augmentation, data order.
   config.seed = 0
-  # Weights file to start from; its classifier stays only for the same classes.
+  # Weights to start from: a file, a workdir or a published name (dm_nfnet_f0).
+  # Of its classifier the rows of classes with the same name are kept.
   config.init_from = placeholder(str)
 
   config.model = ConfigDict()
-  config.model.name = "nfnet_f0"  # `nfnets info` lists them.
+  # `nfnets info` lists them; None: that of init_from, with its columns.
+  config.model.name = "nfnet_f0"
   # Columns of the variant table; None: as the table has it.
   config.model.depth = placeholder(tuple)  # Blocks per stage.
   config.model.width = placeholder(tuple)  # Channels per stage.
@@ -46,18 +48,24 @@ def get_config() -> ConfigDict:
   # valid the first 10,000 of them, train the rest, test the validation set.
   config.data.train_split = "train_and_valid"
   config.data.test_split = "test"
-  # Share of each class for testing, where the data set does not say.
+  # Share of the images for testing, where the data set does not say.
   config.data.held_out_share = 0.2
+  # Whether images may be added between runs: whenever there are new ones, the
+  # same command trains another round, in a folder of its own in the workdir.
+  config.data.grows = False
   config.data.num_threads = placeholder(int)  # That decode; None: one per core.
   config.data.max_broken = 100  # Unreadable files that are skipped.
   config.data.train_size = placeholder(int)  # Pixels; None: the variant's.
   config.data.test_size = placeholder(int)  # Pixels; None: the variant's.
+  # A training crop covers at least this share of the image (of image files).
+  config.data.min_area = 0.08
   # How evaluation gets its square: "resize" distorts the whole image to
   # (test_size + margin)² and crops the middle (the published NFNets), "padded"
   # crops the middle in proportion and resizes it (the published ResNets).
   config.data.eval_crop = "resize"
   config.data.eval_margin = 32  # Pixels.
   # Of red, green and blue over ImageNet's training set, grey levels 0 to 255.
+  # These four may be None: those of init_from.
   config.data.mean = (123.675, 116.28, 103.53)
   config.data.std = (58.395, 57.12, 57.375)
 
@@ -83,6 +91,9 @@ def get_config() -> ConfigDict:
   config.train.accumulate = 1
   config.train.precision = "bfloat16"  # Of activations; or float32.
   config.train.label_smoothing = 0.1  # Share spread over all classes.
+  # Evaluations without a better accuracy after which the run ends; its weights
+  # are the best then. None: it goes on to the end.
+  config.train.patience = placeholder(int)
   config.train.num_devices = placeholder(int)  # None: all there are.
 
   config.optim = ConfigDict()
@@ -100,6 +111,9 @@ def get_config() -> ConfigDict:
   # first images of its own batch, this share of them.
   config.optim.sam_rho = 0.0
   config.optim.sam_share = 0.2
+
+  # Parts that keep their weights, with commas: stem,stage1. See `nfnets info`.
+  config.optim.frozen = ""
 
   config.eval = ConfigDict()
   config.eval.batch_size = 1024  # Images per step over all devices.

@@ -103,6 +103,27 @@ def read_config(workdir: Path) -> dict[str, Any]:
     raise InputError(f"{path} is not JSON ({error})") from None
 
 
+def newest_round(workdir: Path) -> Path:
+  """Where a run is: the workdir itself, or its newest round with weights."""
+  rounds = rounds_of(workdir)
+  latest = rounds[-1] if rounds else workdir
+  return next(filter(has_weights, reversed(rounds)), latest)
+
+
+def has_weights(workdir: Path) -> bool:
+  """Whether a run has got as far as a checkpoint."""
+  checkpoints = workdir / "checkpoints"
+  return (workdir / "weights.safetensors").is_file() or (
+    checkpoints.is_dir()
+    and any(path.name.isdigit() for path in checkpoints.iterdir())
+  )
+
+
+def rounds_of(workdir: Path) -> list[Path]:
+  """The folders of a run whose images grow, oldest first."""
+  return sorted(p for p in workdir.glob("round_*") if p.is_dir())
+
+
 def of_workdir(workdir: Path) -> Card:
   """What the weights of a run are.
 

@@ -96,7 +96,8 @@ def evaluate(
     details: Folder for `save_details` (of the averaged weights).
 
   Returns:
-    Results by kind of weights: `raw` and `ema`, or `weights`.
+    Results by kind of weights: `raw` and `ema`, with early stopping also
+    `best`; or `weights`.
 
   Raises:
     InputError: see `recipe.resolve`, `checkpoint` and `pretrained`.
@@ -149,6 +150,10 @@ def evaluate(
       "raw": run(found["params"], found["state"]),
       "ema": run(found["ema_params"], found["ema_state"]),
     }
+    best = workdir / "weights.safetensors"
+    if config.train.patience is not None and best.is_file():
+      params, _ = pretrained.load_file(best)
+      results["best"] = run(devices.replicate(params, mesh), {})
   if details is not None and devices.is_first_host():
     *_, last = results.values()
     save_details(details, last, r.card.class_names)

@@ -69,8 +69,8 @@ def save_stablehlo(path: Path, params: Any, card: Card) -> None:
   model, weights = models.fold(card.make_model(), params)
   if 4 * model.count_params() > _MOST_BYTES:
     raise InputError(
-      f"{model.name} has {4 * model.count_params() / 2**30:.2f} GiB of weights, "
-      "a program can hold 2: export them as safetensors"
+      f"{model.name} has {4 * model.count_params() / 2**30:.2f} GiB of "
+      "weights, a program can hold 2: export them as safetensors"
     )
 
   def classify(images: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def model_card(card: Card, path: Path) -> str:
   )
   note = ""
   if path.suffix in (".stablehlo", ".onnx"):
-    note = "The file normalises the colours itself: give it grey levels 0 to 255.\n\n"
+    note = "The file normalises the colours itself: give it grey levels.\n\n"
   details = json.dumps(card._asdict(), ensure_ascii=False)
   return (
     f"# {card.model}\n\n| | |\n| --- | --- |\n{table}\n\n{note}{use}\n"

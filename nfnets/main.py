@@ -190,16 +190,24 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
   workdir = args.workdir or _default_workdir(args.config)
-  config = _load_config(args.config, rest, args.workdir)
+  started = args.workdir
+  if args.config is None and started is not None:
+    from nfnets import card
+
+    started = card.newest_round(started)
+  config = _load_config(args.config, rest, started)
+  _keep_compiled()
   from nfnets import devices, train
 
   if args.pod:
     devices.join_pod()
   result = train.train(config, workdir)
   if devices.is_first_host():
+    from nfnets import card
+
     print(
       f"done: test accuracy {result.top1:.2%} (EMA weights); "
-      f"weights and curves are in {workdir}"
+      f"weights and curves are in {card.newest_round(workdir)}"
     )
 
 
@@ -208,7 +216,12 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     raise UsageError("give either --workdir or --weights to evaluate")
   if args.weights is not None and args.config is None:
     raise UsageError("--weights also needs a --config to know the data")
+  if args.workdir is not None:
+    from nfnets import card
+
+    args.workdir = card.newest_round(args.workdir)
   config = _load_config(args.config, rest, args.workdir)
+  _keep_compiled()
   from nfnets import evaluate
 
   results = evaluate.evaluate(
@@ -297,7 +310,8 @@ def _source_of(args: argparse.Namespace, use: str) -> str:
   if args.workdir is not None:
     from nfnets import card
 
-    card.read_config(args.workdir)  # Raises for what is no workdir.
+    # Raises for what is no workdir.
+    card.read_config(card.newest_round(args.workdir))
   return str(args.workdir or args.weights)
 
 

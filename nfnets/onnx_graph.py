@@ -62,8 +62,8 @@ def build(params: Any, card: Card) -> Any:
   model = card.make_model()
   if 4 * model.count_params() > _MOST_BYTES:
     raise InputError(
-      f"{model.name} has {4 * model.count_params() / 2**30:.2f} GiB of weights, "
-      "an ONNX file holds 2: export it as StableHLO or safetensors"
+      f"{model.name} has {4 * model.count_params() / 2**30:.2f} GiB of "
+      "weights, an ONNX file holds 2: export them as safetensors"
     )
   _, weights = models.fold(model, params)
   graph = _Graph(onnx, model.plan, weights)

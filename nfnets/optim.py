@@ -77,6 +77,7 @@ def make_optimizer(
   clipping: float | None = 0.01,
   clipping_eps: float = 1e-3,
   stage_of: Callable[[str], str] | None = None,
+  is_frozen: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformation:
   """Clip, then decay, then Nesterov momentum, then learning rate.
 
@@ -87,6 +88,7 @@ def make_optimizer(
     clipping: AGC's lambda; None turns AGC off.
     clipping_eps: AGC's floor for weight norms.
     stage_of: Part of the network a module is in, for AGC's statistics.
+    is_frozen: Whether a module keeps its weights.
   """
 
   def in_groups(wanted: Callable[[Group], bool]):
@@ -108,6 +110,11 @@ def make_optimizer(
     optax.trace(momentum, nesterov=True),
     optax.scale_by_learning_rate(schedule),
   ]
+  if is_frozen is not None:
+    frozen = lambda params: hk.data_structures.map(
+      lambda module, name, _: is_frozen(module), params
+    )
+    chain.append(optax.masked(optax.set_to_zero(), frozen))
   return optax.chain(*chain)
 
 

@@ -75,6 +75,7 @@ def load_with_card(
 def _load_workdir(
   workdir: Path, *, is_average: bool
 ) -> tuple[Params, Card | None]:
+  workdir = cards.newest_round(workdir)
   card = cards.of_workdir(workdir)
   finished = workdir / "weights.safetensors"
   if is_average and finished.is_file():
@@ -277,35 +278,40 @@ def transfer(
   fresh: Params,
   model: models.Model,
   *,
-  keeps_classifier: bool | None,
+  old_names: tuple[str, ...] | None,
+  new_names: tuple[str, ...],
   origin: str,
 ) -> Params:
   """Weights to start training `model` from.
+
+  Of the classifier the rows of classes that have the same name are kept; the
+  others are fresh.
 
   Args:
     params: What was loaded.
     fresh: What the model was initialised with.
     model: What is to be trained.
-    keeps_classifier: Whether the last layer is for the same classes; else it
-      is the fresh one. None: it is kept where it fits.
+    old_names, new_names: Classes of what was loaded and of the model. None: not
+      known; then the classifier is kept where it fits.
     origin: Where the weights are from, for errors.
 
   Raises:
     InputError: when they are not weights of this model.
   """
-  head = {m: v for m, v in fresh.items() if optim.is_classifier(m)}
-  if keeps_classifier is None:
-    shapes_of = lambda tree: {
-      key: value.shape
-      for key, value in _leaves(tree)
-      if key.rpartition("/")[0] in head
-    }
-    keeps_classifier = shapes_of(params) == shapes_of(fresh)
-  if not keeps_classifier:
-    params = {m: v for m, v in params.items() if not optim.is_classifier(m)}
-    params |= head
-  check(params, model, origin)
-  return {module: params[module] for module in fresh}
+  (head,) = (module for module in fresh if optim.is_classifier(module))
+  old = params.get(head, {})
+  shapes_of = lambda values: {k: np.shape(v) for k, v in values.items()}
+  if old_names is None and shapes_of(old) == shapes_of(fresh[head]):
+    old_names = new_names
+  new = {name: np.array(value) for name, value in fresh[head].items()}
+  found = params | {head: new}
+  check(found, model, origin)
+  places = {name: i for i, name in enumerate(old_names or ())}
+  for i, name in enumerate(new_names):
+    if name in places:
+      for leaf, rows in new.items():
+        rows[..., i] = old[leaf][..., places[name]]
+  return {module: found[module] for module in fresh}
 
 
 def _leaves(params: Any):

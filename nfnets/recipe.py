@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from nfnets import card as cards
-from nfnets import models, optim
+from nfnets import models, optim, pretrained
 from nfnets.augment import Augment, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
@@ -27,6 +27,7 @@ _FIXED = (
   "data.eval_crop",
   "data.eval_margin",
   "data.held_out_share",
+  "data.min_area",
   "data.mean",
   "data.source",
   "data.std",
@@ -35,6 +36,7 @@ _FIXED = (
   "data.tfds_name",
   "data.train_size",
   "data.train_split",
+  "images",
   "init_from",
   "seed",
   "train.batch_size",
@@ -94,7 +96,12 @@ class Recipe(NamedTuple):
       clipping=c.agc_clipping or None,
       clipping_eps=c.agc_eps,
       stage_of=self.model.stage_of,
+      is_frozen=self.is_frozen,
     )
+
+  def is_frozen(self, module: str) -> bool:
+    """Whether a module keeps its weights."""
+    return self.model.stage_of(module) in _words(self.config.optim.frozen)
 
   def make_schedule(self):
     """Learning rate by step."""
@@ -106,6 +113,65 @@ class Recipe(NamedTuple):
 
 
 PARTNERS = ("fresh", "roll")
+
+_PREPROCESSING = ("eval_crop", "eval_margin", "mean", "std")
+
+
+def _preprocessing(config: ConfigDict) -> dict[str, Any]:
+  return {name: config.data[name] for name in _PREPROCESSING}
+
+
+def _card_of_start(config: ConfigDict) -> cards.Card:
+  """The card of the weights that a run starts from."""
+  if config.init_from is None:
+    raise UsageError(
+      "this recipe takes network and preprocessing from the weights that it "
+      "starts from: give --config.init_from=WEIGHTS (a file, a workdir or a "
+      "published name such as dm_nfnet_f0)"
+    )
+  _, card = pretrained.load_with_card(config.init_from)
+  if card is None:
+    raise InputError(
+      f"{config.init_from} has no card that names its network: give "
+      "--config.model.name, --config.data.mean and the like"
+    )
+  return card
+
+
+def fill(config: ConfigDict, card: cards.Card) -> ConfigDict:
+  """A config whose open values are those of weights with this card."""
+  config = config.copy_and_resolve_references()
+  if config.model.name is None:
+    config.model.name = card.model
+    for column, value in card.overrides.items():
+      if config.model[column] is None:
+        config.model[column] = value
+    row = models.variant(card.model)
+    is_usual = card.image_size == row.test_size
+    if config.data.train_size is None and not is_usual:
+      config.data.train_size = card.image_size
+    if config.data.test_size is None:
+      config.data.test_size = max(
+        card.image_size, config.data.train_size or card.image_size
+      )
+  values = (card.crop, card.margin, card.mean, card.std)
+  for name, value in zip(_PREPROCESSING, values, strict=True):
+    if config.data[name] is None:
+      config.data[name] = value
+  return config
+
+
+def _origin(config: ConfigDict) -> str:
+  """What is said of the weights of a run."""
+  data = config.data.tfds_name or config.data.source
+  if config.data.source == "folder" and config.data.dir:
+    data = f"folder {Path(config.data.dir).name}"
+  start = f", from {Path(config.init_from).name}" if config.init_from else ""
+  return f"trained on {data}{start}"
+
+
+def _words(text: str) -> tuple[str, ...]:
+  return tuple(word for word in text.replace(" ", "").split(",") if word)
 
 
 def resolve(config: ConfigDict) -> Recipe:
@@ -121,6 +187,8 @@ def resolve(config: ConfigDict) -> Recipe:
     )
   _check_keys(config.to_dict())
   _check_values(config)
+  if config.model.name is None or None in _preprocessing(config).values():
+    config = fill(config, _card_of_start(config))
   columns = config.model.to_dict()
   name = columns.pop("name")
   overrides = {k: v for k, v in columns.items() if v is not None}
@@ -133,7 +201,7 @@ def resolve(config: ConfigDict) -> Recipe:
   d = config.data
   source = sources.load(
     d.source,
-    sizes=Sizes(train_size, test_size, d.eval_margin, d.eval_crop),
+    sizes=Sizes(train_size, test_size, d.eval_margin, d.eval_crop, d.min_area),
     directory=d.dir,
     tfds_name=d.tfds_name,
     train_split=d.train_split,
@@ -143,6 +211,8 @@ def resolve(config: ConfigDict) -> Recipe:
     num_threads=d.num_threads,
   )
   num_classes = len(source.class_names)
+  model = models.make(name, num_classes, **overrides)
+  _check_frozen(config, model)
 
   c = config.train
   steps_per_epoch = source.train.num_examples / c.batch_size
@@ -159,7 +229,7 @@ def resolve(config: ConfigDict) -> Recipe:
   return Recipe(
     config=config,
     source=source,
-    model=models.make(name, num_classes, **overrides),
+    model=model,
     card=cards.Card(
       model=name,
       overrides=overrides,
@@ -169,6 +239,7 @@ def resolve(config: ConfigDict) -> Recipe:
       margin=config.data.eval_margin,
       mean=config.data.mean,
       std=config.data.std,
+      source=_origin(config),
     ),
     train_size=train_size,
     steps_per_epoch=steps_per_epoch,
@@ -187,6 +258,7 @@ _RANGES = (
       "train.steps",
       "train.batch_size",
       "train.accumulate",
+      "train.patience",
       "eval.batch_size",
       "eval.every_epochs",
       "log_every_steps",
@@ -226,7 +298,11 @@ _RANGES = (
     lambda x: 0 <= x < 1,
     "at least 0 and below 1",
   ),
-  (("optim.sam_share",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
+  (
+    ("optim.sam_share", "data.min_area"),
+    lambda x: 0 < x <= 1,
+    "above 0 and at most 1",
+  ),
   (("seed",), lambda x: 0 <= x < 2**31, "0 to 2147483647"),
   (("data.mean",), lambda x: _is_color(x), "three numbers, one per colour"),
   (
@@ -267,8 +343,21 @@ def _check_values(config: ConfigDict) -> None:
     ("augment.partners", PARTNERS),
     ("data.eval_crop", images.EVAL_CROPS),
   ):
-    if flat[key] not in values:
+    if flat[key] is not None and flat[key] not in values:
       raise unknown(key, flat[key], values)
+
+
+def _check_frozen(config: ConfigDict, model: models.Model) -> None:
+  params, _ = model.shapes()
+  parts = sorted({model.stage_of(module) for module in params})
+  frozen = _words(config.optim.frozen)
+  for part in frozen:
+    if part not in parts:
+      raise unknown("part in config.optim.frozen", part, parts)
+  if set(parts) <= set(frozen):
+    raise UsageError(
+      f"config.optim.frozen={config.optim.frozen}: nothing is left to train"
+    )
 
 
 def changes_since(recipe: Recipe, workdir: Path) -> list[str]:
@@ -285,6 +374,9 @@ def changes_since(recipe: Recipe, workdir: Path) -> list[str]:
   new = _flatten(recipe.config.to_dict())
   old["classes"] = list(cards.of_workdir(workdir).class_names)
   new["classes"] = list(recipe.card.class_names)
+  derived = cards.read_config(workdir).get("derived", {})
+  old["images"] = derived.get("images", recipe.source.fingerprint)
+  new["images"] = recipe.source.fingerprint
   # Without AGC the optimiser's state has another structure.
   for flat in (old, new):
     flat["with AGC"] = bool(flat["optim.agc_clipping"])
@@ -311,6 +403,7 @@ def save(recipe: Recipe, workdir: Path) -> None:
   for name in ("config", "source", "model", "card"):
     del derived[name]
   derived["num_params"] = recipe.model.count_params()
+  derived["images"] = recipe.source.fingerprint
   text = json.dumps(
     {
       "config": recipe.config.to_dict(),

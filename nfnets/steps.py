@@ -95,6 +95,7 @@ def make_train_step(
   accumulate: int = 1,
   sam_rho: float = 0.0,
   sam_share: float = 0.2,
+  is_frozen: Callable[[str], bool] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Compiles `(state, batch) -> (state, metrics)`; the old state is consumed.
 
@@ -111,6 +112,8 @@ def make_train_step(
     sam_rho: Radius of sharpness-aware minimisation (`nfnets.sam`); 0: none.
       Each device climbs by its own images, and by each micro-batch anew.
     sam_share: Of the images, for the climb.
+    is_frozen: Modules that no gradient goes to; the optimiser must leave them
+      alone too.
 
   Returns:
     The step. Metrics are scalars: loss and accuracy (with SAM, after the
@@ -121,6 +124,13 @@ def make_train_step(
   augment = augment or make_augment()
 
   def loss_fn(params, state, batch: Augmented, key):
+    if is_frozen is not None:
+      params = hk.data_structures.map(
+        lambda module, _, value: (
+          jax.lax.stop_gradient(value) if is_frozen(module) else value
+        ),
+        params,
+      )
     images = normalization(batch.images, dtype)
     outputs, state = model.apply(params, state, key, images, is_training=True)
     logits = outputs["logits"]  # [N, K]

@@ -27,10 +27,12 @@ from nfnets import (
   pretrained,
   progress,
   recipe,
+  rounds,
   steps,
 )
 from nfnets.data import batches
 from nfnets.errors import InputError
+from nfnets.patience import Patience
 
 # Steps given to the devices before the oldest must have finished: enough to
 # keep them busy while the host prepares the next batch.
@@ -57,11 +59,18 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       `StoppedError` after Ctrl-C or SIGTERM.
   """
   with _stop_on_signal() as stop:
-    return _train(config, Path(workdir), stop)
+    if not config.data.grows:
+      return _train(config, Path(workdir), stop)
+    config, folder = rounds.choose(config, Path(workdir))
+    result = _train(config, folder, stop)
+    if devices.is_first_host():
+      rounds.report(config, folder)
+    return result
 
 
 def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
   r = recipe.resolve(config)
+  config = r.config
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
   devices.check_batch_size(batch_size, mesh, config.train.accumulate)
@@ -80,6 +89,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     accumulate=config.train.accumulate,
     sam_rho=config.optim.sam_rho,
     sam_share=config.optim.sam_share,
+    is_frozen=r.is_frozen if config.optim.frozen else None,
   )
   eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
   init = functools.partial(
@@ -107,11 +117,17 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     if checkpoints.latest_step() is None:
       state, position = devices.create(init, mesh), 0
       if config.init_from is not None:
-        state = _start_from(Path(config.init_from), state, r, mesh)
+        state = _start_from(config.init_from, state, r, mesh)
     else:
       state, position = checkpoints.restore(jax.eval_shape(init), mesh)
     start = int(state.step)
-    if start >= r.total_steps and changes:
+    patience = None
+    if config.train.patience is not None:
+      patience = Patience(workdir, config.train.patience, step=start)
+    is_over = start >= r.total_steps or (
+      patience is not None and patience.is_exhausted
+    )
+    if is_over and changes:
       raise InputError(
         f"{workdir} is complete after {start} steps, and this config differs "
         f"({', '.join(changes)}): choose another --workdir for a new run, or "
@@ -119,6 +135,10 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
       )
     if is_first_host:
       recipe.save(r, workdir)
+      if not is_over:  # No weights but those of a run that is complete.
+        if patience is not None:
+          patience.go_on()
+        (workdir / "weights.safetensors").unlink(missing_ok=True)
     bar = stack.enter_context(
       progress.TrainProgress(
         start=start,
@@ -132,7 +152,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         metrics.Log(workdir, step=start, is_writer=is_first_host)
       )
     )
-    bar.say(_headline(r, mesh, workdir, start))
+    bar.say(_headline(r, mesh, workdir, start, is_over=is_over))
     for change in changes:
       bar.say(f"changed since the last start: {change}")
 
@@ -151,7 +171,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     )
     in_flight = _InFlight(r, checkpoints, bar, log)
     result = None
-    for step in range(start + 1, r.total_steps + 1):
+    for step in range(start + 1, start if is_over else r.total_steps + 1):
       batch = devices.shard_batch(next(data), mesh)
       state, values = train_step(state, batch)
       in_flight.add(step, values)
@@ -169,41 +189,53 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         in_flight.land_all()  # Nothing that diverged is saved.
       if is_eval_due:
         result = _evaluate(r, eval_step, state, mesh, bar, log)
+        if patience is not None:
+          if patience.add(_as_row(step, "ema", result)) and is_first_host:
+            patience.save(jax.device_get(state.ema_params), r.card)
+          if patience.is_exhausted and not is_last:
+            is_last = is_save_due = True
+            bar.say(
+              f"no better in {config.train.patience} evaluations: the best is "
+              f"that of step {patience.best['step']}"
+            )
         bar.restart_clock()
       if is_save_due:
         checkpoints.save(state, position=data.position)
-      if is_stop_due:
+      if is_stop_due and not is_last:
         checkpoints.wait()
         raise StoppedError(
           f"stopped by {stop.reason} after step {step} of "
           f"{r.total_steps}; the same command goes on from there"
         )
+      if is_last:
+        break
 
-    if result is None:  # The run was complete already, its record too.
+    if patience is not None and patience.best is not None:
+      result = _as_result(patience.best, r.source.test.num_examples)
+    elif result is None:  # The run was complete already, its record too.
       result = _evaluate(r, eval_step, state, mesh, bar, log=None)
     checkpoints.wait()
     if is_first_host:
-      ema_params = jax.device_get(state.ema_params)
-      pretrained.save(workdir / "weights.safetensors", ema_params, r.card)
+      if patience is None or not patience.finish():
+        ema_params = jax.device_get(state.ema_params)
+        pretrained.save(workdir / "weights.safetensors", ema_params, r.card)
       title = f"{r.model.name} on {config.data.source}"
       plots.save_curves(workdir, workdir / "curves.png", title=title)
   return result
 
 
 def _start_from(
-  path: Path, state: steps.TrainState, r: recipe.Recipe, mesh: Any
+  source: str, state: steps.TrainState, r: recipe.Recipe, mesh: Any
 ) -> steps.TrainState:
-  """A fresh state with the weights of a file."""
-  params, card = pretrained.load_with_card(path)
-  is_same = None  # Without names of classes, their number must do.
-  if card is not None:
-    is_same = card.class_names == r.card.class_names
+  """A fresh state with other weights."""
+  params, card = pretrained.load_with_card(source)
   params = pretrained.transfer(
     params,
     jax.device_get(state.params),
     r.model,
-    keeps_classifier=is_same,
-    origin=str(path),
+    old_names=None if card is None else card.class_names,
+    new_names=r.card.class_names,
+    origin=source,
   )
   return state._replace(
     params=devices.replicate(params, mesh),
@@ -281,11 +313,8 @@ def _evaluate(
   )
   step = int(state.step)
   if log is not None:
-    values = {
-      f"{kind}_{name}": getattr(result, name)
-      for kind, result in (("raw", raw), ("ema", ema))
-      for name in ("loss", "top1", "top5")
-    }
+    values = _as_row(step, "raw", raw) | _as_row(step, "ema", ema)
+    del values["step"]
     log.write(step, "eval", values)
   bar.say(
     f"epoch {step / r.steps_per_epoch:.1f}  step {step}  test: "
@@ -294,11 +323,23 @@ def _evaluate(
   return ema
 
 
-def _headline(r: recipe.Recipe, mesh: Any, workdir: Path, start: int) -> str:
+def _as_row(step: int, kind: str, result: evaluate.Result) -> metrics.Row:
+  names = ("loss", "top1", "top5")
+  return {"step": step} | {f"{kind}_{n}": getattr(result, n) for n in names}
+
+
+def _as_result(row: metrics.Row, num_examples: int) -> evaluate.Result:
+  names = ("loss", "top1", "top5")
+  return evaluate.Result(*(row[f"ema_{n}"] for n in names), num_examples)
+
+
+def _headline(
+  r: recipe.Recipe, mesh: Any, workdir: Path, start: int, *, is_over: bool
+) -> str:
   c = r.config
   device = mesh.devices.flat[0].device_kind
   what = f"from step {start}" if start else f"from {c.init_from or 'scratch'}"
-  if start >= r.total_steps:
+  if is_over:
     what = "is complete"
   return (
     f"{r.model.name} ({r.model.count_params() / 1e6:.2f}M parameters) on "

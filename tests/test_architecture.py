@@ -31,13 +31,23 @@ FLOORS = (
     "checkpoint",
     "metrics",
     "onnx_graph",
+    "patience",
     "plots",
     "pretrained",
     "progress",
     "steps",
     "timm",
   ),
-  ("evaluate", "export", "info", "predict", "recipe", "show_batch", "train"),
+  (
+    "evaluate",
+    "export",
+    "info",
+    "predict",
+    "recipe",
+    "rounds",
+    "show_batch",
+    "train",
+  ),
   ("main",),
 )
 # Within a floor: who may import a neighbour (no cycles: left to right only).
@@ -45,11 +55,13 @@ NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
   "onnx_graph": {"card"},
+  "patience": {"card", "metrics", "pretrained"},
   "plots": {"metrics"},
   "pretrained": {"card", "checkpoint", "timm"},
   "evaluate": {"recipe"},
   "show_batch": {"recipe"},
-  "train": {"recipe", "evaluate"},
+  "rounds": {"recipe", "evaluate"},
+  "train": {"recipe", "evaluate", "rounds"},
 }
 
 

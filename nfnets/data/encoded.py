@@ -114,7 +114,7 @@ def make_split(
         if draws is None:
           out[at] = crop_to_test(image, size, sizes.test_margin)
         else:
-          _random_crop(image, draws[at].tolist(), out[at])
+          _random_crop(image, draws[at].tolist(), out[at], sizes.train_min_area)
         is_good[at] = True
 
     # Small parts, so that all threads are busy to the end.
@@ -127,7 +127,10 @@ def make_split(
 
 
 def _random_crop(
-  image: np.ndarray, draws: list[list[float]], out: np.ndarray
+  image: np.ndarray,
+  draws: list[list[float]],
+  out: np.ndarray,
+  min_area: float,
 ) -> None:
   """Writes a random crop of [H, W, 3] into uint8 [size, size, 3].
 
@@ -138,7 +141,7 @@ def _random_crop(
 
   size = out.shape[0]
   top, left, height, width = crops.random_window(
-    *image.shape[:2], draws, size=size
+    *image.shape[:2], draws, size=size, min_area=min_area
   )
   part = image[top : top + height, left : left + width]
   cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)

@@ -1,13 +1,14 @@
 """An image folder: one folder per class, as most people have their images.
 
 `train/CLASS/x.jpg` with `test/`, `val/`, `valid/` or `validation/` beside
-`train/`; or just `CLASS/x.jpg`, of which a seeded share is held out per class.
+`train/`; or just `CLASS/x.jpg`, of which a share is held out. Whether an image
+is, depends on its own name alone, so it stays where it is when others are added
+and no image that was trained on becomes one to test with.
 """
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from nfnets.data import images
 from nfnets.errors import InputError
@@ -23,13 +24,12 @@ class Listing(NamedTuple):
   test: list[tuple[Path, int]]
 
 
-def scan(root: Path, *, held_out_share: float, seed: int) -> Listing:
+def scan(root: Path, *, held_out_share: float) -> Listing:
   """Lists a folder of images.
 
   Args:
     root: The folder.
-    held_out_share: Of each class, when there is no folder for testing.
-    seed: Of that choice.
+    held_out_share: Of the images, when there is no folder for testing.
 
   Raises:
     InputError: for a folder that is missing or empty, a single class, a class
@@ -72,13 +72,38 @@ def scan(root: Path, *, held_out_share: float, seed: int) -> Listing:
 
   train, test = [], []
   for label, files in enumerate(found.values()):
-    num_test = round(len(files) * held_out_share)
-    # At least one of each, where there are two.
-    num_test = min(max(num_test, 1), len(files) - 1)
-    order = np.random.default_rng((seed, label)).permutation(len(files))
-    test += [(files[i], label) for i in sorted(order[:num_test])]
-    train += [(files[i], label) for i in sorted(order[num_test:])]
+    held_out = _held_out(files, train_root, held_out_share)
+    test += [(path, label) for path in files if path in held_out]
+    train += [(path, label) for path in files if path not in held_out]
   return Listing(names, train, test)
+
+
+def _held_out(files: list[Path], root: Path, share: float) -> set[Path]:
+  """Those whose names hash to the lowest values; one at least, but not all."""
+
+  def draw(path: Path) -> float:
+    name = path.relative_to(root).as_posix()
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+  if len(files) == 1:
+    return set()
+  ordered = sorted(files, key=draw)
+  found = [path for path in ordered if draw(path) < share]
+  return set(found[: len(files) - 1] or ordered[:1])
+
+
+def fingerprint(listing: Listing, root: Path) -> str:
+  """Says how many images there are; another one when they are others."""
+  digest = hashlib.sha256("/".join(listing.class_names).encode())
+  for part in (listing.train, listing.test):
+    for path, label in part:
+      name = path.relative_to(root).as_posix()
+      digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
+  return (
+    f"{len(listing.train):,} and {len(listing.test):,} images in "
+    f"{len(listing.class_names)} classes, {digest.hexdigest()[:8]}"
+  )
 
 
 def _by_class(root: Path) -> dict[str, list[Path]]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nfnets.data import crops
+
 
 class Examples(NamedTuple):
   """Some examples as they were read."""
@@ -37,6 +39,7 @@ class Source(NamedTuple):
   class_names: tuple[str, ...]
   train: Split
   test: Split
+  fingerprint: str = ""  # Another one when there are other images.
 
 
 class Sizes(NamedTuple):
@@ -46,3 +49,4 @@ class Sizes(NamedTuple):
   test: int  # Pixels, side of an evaluation image.
   test_margin: int  # Pixels around it before the middle is cropped.
   test_crop: str = "resize"  # Of `images.EVAL_CROPS`.
+  train_min_area: float = crops.MIN_AREA  # Share of the image in a crop.

@@ -103,14 +103,19 @@ def _tfds(
     )
 
   names = imagenet.readable(builder.info.features[label_key].names)
-  return Source(names, *map(split, splits))
+  train, test = map(split, splits)
+  fingerprint = (
+    f"{builder.info.full_name}, {train.num_examples:,} and "
+    f"{test.num_examples:,} images"
+  )
+  return Source(names, train, test, fingerprint)
 
 
 def _folder(
   *, sizes, directory, held_out_share, broken, pool, **unused
 ) -> Source:
   del unused
-  listing = folder.scan(directory, held_out_share=held_out_share, seed=0)
+  listing = folder.scan(directory, held_out_share=held_out_share)
 
   def split(files: list[tuple[Path, int]]) -> Split:
     def fetch(index: int) -> tuple[bytes, int, str]:
@@ -122,7 +127,12 @@ def _folder(
     )
 
   names = imagenet.readable(listing.class_names)
-  return Source(names, split(listing.train), split(listing.test))
+  return Source(
+    names,
+    split(listing.train),
+    split(listing.test),
+    folder.fingerprint(listing, directory),
+  )
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray) -> Split:

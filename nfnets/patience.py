@@ -1,0 +1,61 @@
+"""Ending a run when nothing gets better, and keeping the best weights.
+
+What was best is read from the record of the run, so that a run that was killed
+decides as if it never was.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nfnets import metrics, pretrained
+from nfnets.card import Card
+
+_BEST = "best.safetensors"
+
+
+class Patience:
+  """The best evaluation so far, by top-1 of the averaged weights.
+
+  Args:
+    workdir: Of the run.
+    limit: Evaluations without a better one after which it is enough.
+    step: The record counts up to here.
+  """
+
+  def __init__(self, workdir: Path, limit: int, *, step: int):
+    self._path, self._limit = workdir / _BEST, limit
+    self._num_since = 0
+    self.best: metrics.Row | None = None  # Of the record.
+    for row in metrics.read(workdir):
+      if row["kind"] == "eval" and row["step"] <= step:
+        self.add(row)
+
+  def add(self, row: metrics.Row) -> bool:
+    """Takes the next evaluation; whether it is the best."""
+    is_best = self.best is None or row["ema_top1"] > self.best["ema_top1"]
+    self._num_since = 0 if is_best else self._num_since + 1
+    if is_best:
+      self.best = row
+    return is_best
+
+  @property
+  def is_exhausted(self) -> bool:
+    """Whether the run is to end."""
+    return self._num_since >= self._limit
+
+  def save(self, params: Any, card: Card) -> None:
+    """Keeps the weights of the best evaluation."""
+    pretrained.save(self._path, params, card)
+
+  def go_on(self) -> None:
+    """Takes the weights of a run that was over for the best so far."""
+    finished = self._path.with_name("weights.safetensors")
+    if finished.exists():
+      finished.replace(self._path)
+
+  def finish(self) -> bool:
+    """Makes the best weights those of the run; whether there are any."""
+    finished = self._path.with_name("weights.safetensors")
+    if self._path.exists():
+      self._path.replace(finished)
+    return finished.exists()

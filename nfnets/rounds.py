@@ -1,0 +1,117 @@
+"""A folder of images that grows: each time it has, another round of training.
+
+A round is a run of its own, in `round_001`, `round_002` ... below the workdir,
+that starts from the weights of the one before. Classes that are new get rows of
+the classifier, the others keep theirs.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from nfnets import card as cards
+from nfnets import devices, evaluate, pretrained, recipe, steps
+
+# Of classes that a round did not know: none is ever recognised.
+_NEVER = -1e9
+
+
+def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
+  """The round to train: the newest, or a new one when there are other images.
+
+  Returns:
+    The config with what it starts from, and the folder.
+  """
+  config = config.copy_and_resolve_references()
+  folders = [
+    f for f in cards.rounds_of(workdir) if (f / cards.CONFIG).is_file()
+  ]
+  if not folders:
+    return config, workdir / "round_001"
+  last = folders[-1]
+  saved = recipe.load_config(last)
+  config = recipe.fill(config, cards.of_workdir(last))
+  config.init_from = saved.init_from
+  found = recipe.resolve(config).source.fingerprint
+  if found == cards.read_config(last)["derived"]["images"]:
+    return config, last
+  newest = cards.newest_round(workdir)
+  if cards.has_weights(newest):
+    config.init_from = str(newest)
+  print(
+    f"the images are others than those of {last.name} ({found}): another round "
+    f"starts from {config.init_from}"
+  )
+  return config, workdir / f"round_{int(last.name[6:]) + 1:03}"
+
+
+def report(config: ConfigDict, folder: Path) -> None:
+  """Prints and writes what a round did to classes that were known and new.
+
+  `growth.json` has the same numbers: of each group of classes how many held-out
+  images there are, and top-1 before and after the round (shares).
+  """
+  if config.init_from is None:
+    return
+  old, card = pretrained.load_with_card(config.init_from)
+  r = recipe.resolve(config)
+  names = r.card.class_names
+  if card is None or not set(card.class_names) & set(names):
+    return  # A classifier that has nothing in common.
+  is_known = np.array([name in card.class_names for name in names])
+  new = pretrained.load(folder)
+  nothing = {
+    module: {name: np.zeros_like(value) for name, value in values.items()}
+    for module, values in new.items()
+  }
+  before = pretrained.transfer(
+    old,
+    nothing,
+    r.model,
+    old_names=card.class_names,
+    new_names=names,
+    origin=config.init_from,
+  )
+  before[f"{r.model.plan.name}/~/linear"]["b"][~is_known] = _NEVER
+
+  mesh = devices.make_mesh(1)
+  eval_step = steps.make_eval_step(
+    r.model, mesh, normalization=r.normalization, with_confusion=True
+  )
+
+  def confusion(params: Any) -> np.ndarray:
+    return evaluate.over_split(
+      eval_step,
+      devices.replicate(params, mesh),
+      {},
+      r.source.test,
+      batch_size=r.config.eval.batch_size,
+      mesh=mesh,
+    ).confusion
+
+  tables = {"before": confusion(before), "after": confusion(new)}
+  groups = {"known classes": is_known, "new classes": ~is_known}
+  if is_known.all():
+    groups = {}
+  groups["all classes"] = np.ones_like(is_known)
+  rows = {
+    group: {
+      "classes": int(members.sum()),
+      "images": int(tables["after"][members].sum()),
+    }
+    | {
+      when: float(np.diag(table)[members].sum() / table[members].sum())
+      for when, table in tables.items()
+    }
+    for group, members in groups.items()
+  }
+  (folder / "growth.json").write_text(json.dumps(rows, indent=2) + "\n")
+  print(f"held-out images       number  {'before':>8}  {folder.name:>9}")
+  for group, row in rows.items():
+    print(
+      f"{group:<20} {row['images']:>7,}  {row['before']:>8.2%}  "
+      f"{row['after']:>9.2%}"
+    )
