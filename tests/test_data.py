@@ -289,7 +289,7 @@ def test_window_of_a_very_long_image_is_the_padded_centre():
 def _make_folder(root, classes, num, suffix="jpg", seed=0):
   rng = np.random.default_rng(seed)
   for name in classes:
-    (root / name).mkdir(parents=True)
+    (root / name).mkdir(parents=True, exist_ok=True)
     for i in range(num):
       pixels = rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)
       Image.fromarray(pixels).save(root / name / f"{i}.{suffix}")
@@ -319,19 +319,54 @@ def test_folder_with_a_test_folder(tmp_path):
   np.testing.assert_array_equal(test.images[0], expected)
 
 
-def test_folder_without_a_test_folder_holds_out_a_seeded_share(tmp_path):
-  _make_folder(tmp_path, ("a", "b", "c"), 10, "png")
-  listing = folder.scan(tmp_path, held_out_share=0.2, seed=0)
-  assert len(listing.test) == 6
-  assert sorted(label for _, label in listing.test) == [0, 0, 1, 1, 2, 2]
+def test_folder_without_a_test_folder_holds_out_a_share(tmp_path):
+  _make_folder(tmp_path, ("a", "b", "c"), 40, "png")
+  scan = lambda: folder.scan(tmp_path, held_out_share=0.25)
+  listing = scan()
+  assert 18 <= len(listing.test) <= 42  # 30 are expected, as by coins.
+  assert {label for _, label in listing.test} == {0, 1, 2}
   everything = {path for path, _ in listing.train + listing.test}
-  assert len(everything) == 30
-  assert listing == folder.scan(tmp_path, held_out_share=0.2, seed=0)
-  assert listing != folder.scan(tmp_path, held_out_share=0.2, seed=1)
+  assert len(everything) == 120
+  assert listing == scan()
+  assert folder.fingerprint(listing, tmp_path).startswith(
+    f"{len(listing.train)} and {len(listing.test)} images in 3 classes, "
+  )
+
+
+def test_images_stay_on_their_side_when_others_are_added(tmp_path):
+  scan = lambda: folder.scan(tmp_path, held_out_share=0.2)
+  prints = set()
+  _make_folder(tmp_path, ("b", "c"), 3)
+  trained_on = set()
+  for num, names in ((5, ("b", "c")), (30, ("a", "b")), (31, ("c",))):
+    _make_folder(tmp_path, names, num)
+    listing = scan()
+    prints.add(folder.fingerprint(listing, tmp_path))
+    tested = {path for path, _ in listing.test}
+    assert not trained_on & tested
+    trained_on |= {path for path, _ in listing.train}
+  assert len(prints) == 3
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_a_few_images_are_on_both_sides(tmp_path, num):
+  """Whatever the names: one at least to train with, and one to test."""
+  for trial in range(8):
+    root = tmp_path / str(trial)
+    _make_folder(root, (f"x{trial}", f"y{trial}"), num)
+    for share in (0.01, 0.99):
+      listing = folder.scan(root, held_out_share=share)
+      for label in (0, 1):
+        trained, tested = (
+          [x for x in part if x[1] == label]
+          for part in (listing.train, listing.test)
+        )
+        assert trained
+        assert bool(tested) == (num > 1)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-  scan = lambda root: folder.scan(root, held_out_share=0.2, seed=0)
+  scan = lambda root: folder.scan(root, held_out_share=0.2)
   with pytest.raises(InputError, match=r"absent is no folder: give the one"):
     scan(tmp_path / "absent")
   with pytest.raises(

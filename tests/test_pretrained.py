@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import SMALL, draw_params, param_shapes
 
-from nfnets import models, pretrained
+from nfnets import card, models, pretrained
+from nfnets.data import imagenet
 from nfnets.errors import InputError
 
-CARD = pretrained.Card(
+CARD = card.Card(
   model="nfnet_tiny",
   overrides=SMALL,
   class_names=("ant", "bee", "çat"),
@@ -90,31 +91,101 @@ def _fresh(params):
   }
 
 
-@pytest.mark.parametrize("keeps", [True, None])
-def test_a_start_from_weights_keeps_a_classifier_of_the_same_classes(
-  params, keeps
-):
-  model = CARD.make_model()
-  found = pretrained.transfer(
-    params, _fresh(params), model, keeps_classifier=keeps, origin="here"
+def _transferred(params, old_names, new_names):
+  model = models.make("nfnet_tiny", len(new_names), **SMALL)
+  fresh = _fresh(draw_params(param_shapes(model)))
+  return pretrained.transfer(
+    params,
+    fresh,
+    model,
+    old_names=old_names,
+    new_names=new_names,
+    origin="here",
   )
+
+
+@pytest.mark.parametrize("old_names", [CARD.class_names, None])
+def test_a_start_from_weights_keeps_a_classifier_of_the_same_classes(
+  params, old_names
+):
+  """Without their names too, where it fits."""
+  found = _transferred(params, old_names, CARD.class_names)
   jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
-@pytest.mark.parametrize("num_classes", [3, 10])
-def test_a_start_from_weights_of_other_classes_has_a_fresh_one(
-  params, num_classes
+@pytest.mark.parametrize(
+  ("old_names", "new_names", "kept"),
+  [
+    (CARD.class_names, ("cow", "dog", "emu"), {}),  # As many, but others.
+    (CARD.class_names, tuple("abcdefg"), {}),
+    (None, tuple("abcdefg"), {}),
+    (CARD.class_names, ("ant", "asp", "bee", "dog"), {0: 0, 2: 1}),
+    (CARD.class_names, ("çat", "ant"), {0: 2, 1: 0}),
+  ],
+)
+def test_a_start_from_weights_keeps_the_rows_of_known_classes(
+  params, old_names, new_names, kept
 ):
-  """Of another number of classes, or of as many with other names."""
-  model = models.make("nfnet_tiny", num_classes, **SMALL)
-  fresh = _fresh(draw_params(param_shapes(model)))
-  options = {"keeps_classifier": False, "origin": "here"}
-  found = pretrained.transfer(params, fresh, model, **options)
+  found = _transferred(params, old_names, new_names)
+  head = found.pop("NFNet/~/linear")
+  old = params["NFNet/~/linear"]
+  for i in range(len(new_names)):
+    for name in ("w", "b"):
+      expected = old[name][..., kept[i]] if i in kept else 7
+      np.testing.assert_array_equal(head[name][..., i], expected)
   for module, values in found.items():
-    is_head = module == "NFNet/~/linear"
     for name, value in values.items():
-      expected = fresh if is_head else params
-      np.testing.assert_array_equal(value, expected[module][name])
-  with pytest.raises(InputError, match=r"stem_conv0/gain: missing in the file"):
-    rest = {m: v for m, v in params.items() if m != "NFNet/~/stem_conv0"}
-    pretrained.transfer(rest, fresh, model, **options)
+      np.testing.assert_array_equal(value, params[module][name])
+
+
+def test_a_start_from_weights_of_another_network(params):
+  rest = {m: v for m, v in params.items() if m != "NFNet/~/stem_conv0"}
+  with pytest.raises(InputError, match=r"stem_conv0/bias: missing in the file"):
+    _transferred(rest, CARD.class_names, tuple("abcdefg"))
+
+
+def test_plain_files_are_known_by_their_shapes(tmp_path):
+  """Of ImageNet's thousand classes; others must say what they are."""
+  for num_classes in (1000, 10):
+    model = models.make("nf_regnet_b0", num_classes)
+    params = draw_params(param_shapes(model))
+    path = tmp_path / f"{num_classes}.npz"
+    pretrained.save(path, params)
+    loaded, card = pretrained.load_with_card(path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert pretrained.recognize(loaded, "here").name == "nf_regnet_b0"
+    if num_classes == 10:
+      assert card is None
+    else:
+      assert card.model == "nf_regnet_b0"
+      assert (card.image_size, card.crop) == (224, "padded")
+
+
+def test_a_card_and_weights_that_do_not_belong_together(tmp_path, params):
+  path = tmp_path / "weights.npz"
+  pretrained.save(path, params, CARD._replace(class_names=("ant", "bee")))
+  with pytest.raises(InputError, match=r"linear/b: \(3,\) in the file, \(2,\)"):
+    pretrained.load(path)
+
+
+def test_cards_for_imagenet():
+  """timm's share of the image, as a margin around what is kept."""
+  for name, size, crop, margin in (
+    ("nfnet_f4", 512, "resize", 32),
+    ("nf_resnet50", 224, "padded", 32),
+    ("eca_nfnet_l1", 320, "padded", 0),
+    ("timm_nf_regnet_b1", 288, "padded", 32),
+    ("timm_nf_resnet50", 288, "padded", 18),
+    ("timm_nfnet_f0", 256, "padded", 28),
+  ):
+    found = card.for_imagenet(models.make(name), "here")
+    assert (found.image_size, found.crop, found.margin) == (size, crop, margin)
+    assert len(set(found.class_names)) == 1000
+
+
+def test_names_of_imagenet_in_words():
+  assert imagenet.readable(["n02099601", "n01440764"]) == (
+    "golden retriever",
+    "tench",
+  )
+  assert imagenet.readable(["n02099601", "dog"]) == ("n02099601", "dog")

@@ -1,0 +1,255 @@
+"""Exports: other runtimes give what JAX gives; the command line's lines."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, draw_params, param_shapes
+
+from nfnets import card as cards
+from nfnets import export, layers, models, onnx_graph, pretrained
+from nfnets.errors import InputError
+from nfnets.steps import Normalization
+
+CARD = cards.Card(
+  model="nfnet_tiny",
+  overrides=SMALL,
+  class_names=("ant", "bee", "çat"),
+  image_size=33,
+  crop="resize",
+  margin=8,
+  mean=cards.IMAGENET_MEAN,
+  std=cards.IMAGENET_STD,
+  source="a test",
+)
+
+
+def _drawn(card):
+  return draw_params(param_shapes(card.make_model()))
+
+
+def _images(card, num=3):
+  size = card.image_size
+  rng = np.random.default_rng(num)
+  return rng.integers(0, 256, (num, size, size, 3)).astype(np.uint8)
+
+
+def _logits(card, params, images):
+  model = card.make_model()
+
+  def apply(params, images):
+    images = Normalization(card.mean, card.std)(images, np.float32)
+    return model.apply(params, {}, None, images)[0]["logits"]
+
+  return np.asarray(jax.jit(apply)(params, images))
+
+
+def _onnx_logits(card, params, images):
+  import onnx
+  import onnxruntime
+
+  proto = onnx_graph.build(params, card)
+  onnx.checker.check_model(proto, full_check=True)
+  session = onnxruntime.InferenceSession(proto.SerializeToString())
+  logits, probabilities = session.run(None, {"images": images})
+  np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+  return logits
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides", "size"),
+  [
+    ("nfnet_tiny", SMALL, 33),
+    ("nfnet_tiny", SMALL | {"attention": "eca"}, 32),
+    ("nfnet_tiny", SMALL | {"se_ratio": 0.0, "second_conv": False}, 32),
+    ("nf_regnet_b0", {"depth": (1, 1), "width": (48, 104)}, 65),
+    ("nf_resnet50", {"depth": (1, 1), "width": (64, 128)}, 65),
+    ("timm_nf_resnet50", {"depth": (1, 1), "width": (64, 128)}, 64),
+  ],
+)
+def test_onnx_gives_the_logits_of_jax(name, overrides, size):
+  card = CARD._replace(model=name, overrides=overrides, image_size=size)
+  params, images = _drawn(card), _images(card)
+  np.testing.assert_allclose(
+    _onnx_logits(card, params, images),
+    _logits(card, params, images),
+    rtol=0,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("activation", sorted(layers.ACTIVATIONS))
+def test_onnx_has_every_activation(activation):
+  card = CARD._replace(
+    overrides=SMALL | {"activation": activation, "depth": (1, 1)}
+  )
+  model = card.make_model()
+  graph = onnx_graph.build(_drawn(card), card).graph
+  assert graph.node
+  # The function itself, on numbers of both signs.
+  import onnx
+  import onnxruntime
+
+  builder = onnx_graph._Graph(onnx, model.plan, {})
+  builder.add("Identity", [builder.activate("x")], output="y")
+  tensor = onnx.helper.make_tensor_value_info
+  sides = [[tensor(n, onnx.TensorProto.FLOAT, ["N"])] for n in ("x", "y")]
+  proto = onnx.helper.make_model(
+    onnx.helper.make_graph(builder.nodes, "f", *sides, builder.constants),
+    opset_imports=[onnx.helper.make_opsetid("", 20)],
+    ir_version=9,
+  )
+  session = onnxruntime.InferenceSession(proto.SerializeToString())
+  x = np.linspace(-8, 8, 101, dtype=np.float32)
+  (ours,) = session.run(None, {"x": x})
+  gain = layers.GAINS[activation]
+  np.testing.assert_allclose(
+    gain * ours, layers.ACTIVATIONS[activation](x), rtol=1e-5, atol=2e-6
+  )
+
+
+def _run_stablehlo(path, images, tmp_path):
+  """In a process that has nothing of ours."""
+  np.save(tmp_path / "images.npy", images)
+  code = f"""
+import sys
+import jax, numpy as np
+program = jax.export.deserialize(bytearray(open({str(path)!r}, "rb").read()))
+out = program.call(np.load({str(tmp_path / "images.npy")!r}))
+np.save({str(tmp_path / "out.npy")!r}, out)
+assert not {{"haiku", "nfnets", "optax"}} & set(sys.modules)
+print(*program.platforms)
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    check=True,
+  )
+  assert result.stdout.split() == ["cpu", "cuda", "tpu"]
+  return np.load(tmp_path / "out.npy")
+
+
+@pytest.mark.parametrize("num", [1, 5])
+def test_stablehlo_runs_with_jax_alone_for_any_batch(tmp_path, num):
+  params, images = _drawn(CARD), _images(CARD, num)
+  path = tmp_path / "net.stablehlo"
+  export.save_stablehlo(path, params, CARD)
+  found = _run_stablehlo(path, images, tmp_path)
+  expected = jax.nn.softmax(_logits(CARD, params, images))
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_f0_in_every_form(tmp_path):
+  """The large network, through the files that a user would write."""
+  model = models.make("nfnet_f0")
+  card = cards.for_imagenet(model, "here")._replace(image_size=96)
+  params = draw_params(param_shapes(model))
+  weights = tmp_path / "f0.safetensors"
+  pretrained.save(weights, params, card)
+  images = _images(card, 2)
+  expected = _logits(card, params, images)
+
+  for name in ("out.npz", "f0.stablehlo", "f0.onnx"):
+    written = export.export(weights, tmp_path / name)
+    assert written == [tmp_path / name, tmp_path / f"{name}.md"]
+  loaded, loaded_card = pretrained.load_with_card(tmp_path / "out.npz")
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  assert loaded_card == card
+
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(tmp_path / "f0.onnx")
+  logits, _ = session.run(None, {"images": images})
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+  metadata = session.get_modelmeta().custom_metadata_map
+  assert json.loads(metadata["nfnets"])["class_names"][207] == (
+    "golden retriever"
+  )
+  found = _run_stablehlo(tmp_path / "f0.stablehlo", images, tmp_path)
+  np.testing.assert_allclose(found, jax.nn.softmax(expected), atol=1e-6)
+
+
+def test_the_model_card_says_what_a_user_needs(tmp_path):
+  weights = tmp_path / "w.safetensors"
+  pretrained.save(weights, _drawn(CARD), CARD)
+  export.export(weights, tmp_path / "net.onnx")
+  text = (tmp_path / "net.onnx.md").read_text()
+  for part in (
+    "# nfnet_tiny",
+    "| weights from | a test |",
+    "resized to 41 x 41 px",
+    "middle 33 x 33",
+    "123.675, 116.28, 103.53",
+    "| classes | 3 |",
+    'InferenceSession("net.onnx")',
+  ):
+    assert part in text, part
+  details = json.loads(text.split("```json\n")[1].split("\n```")[0])
+  assert cards.Card.from_dict(details, "here") == CARD
+
+
+@pytest.mark.parametrize(
+  ("arguments", "exit_code", "pattern"),
+  [
+    (["out.onnx"], 2, r"give either --workdir or --weights to export"),
+    (["out.pt", "--weights=w.npz"], 1, r"exports end in .safetensors, .npz, "),
+    (["a/b.onnx", "--weights=w.npz"], 1, r"there is no folder .*/a"),
+    (["b.onnx", "--weights=absent.npz"], 1, r"no such weights file"),
+    (["b.onnx", "--weights=nfnet_f0"], 2, r"did you mean dm_nfnet_f0"),
+    (["b.onnx", "--workdir=absent"], 1, r"absent does not exist"),
+  ],
+)
+def test_what_cannot_be_exported(
+  arguments, exit_code, pattern, nfnets, tmp_path
+):
+  result = nfnets("export", *arguments, cwd=tmp_path)
+  assert result.returncode == exit_code, result.stderr
+  assert "Traceback" not in result.stderr
+  import re
+
+  assert re.search(pattern, result.stderr), result.stderr
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_without_a_card_are_not_exported(tmp_path):
+  path = tmp_path / "w.npz"
+  pretrained.save(path, _drawn(CARD))
+  with pytest.raises(InputError, match=r"w.npz has no card that names its mod"):
+    export.export(path, tmp_path / "out.onnx")
+
+
+def test_weights_that_no_file_can_hold(tmp_path):
+  card = cards.for_imagenet(models.make("nfnet_f7_plus"), "here")
+  for save, what in (
+    (export.save_stablehlo, "a program can hold 2"),
+    (export.save_onnx, "an ONNX file holds 2"),
+  ):
+    with pytest.raises(InputError, match=rf"GiB of weights, {what}"):
+      save(tmp_path / "out", {}, card)
+
+
+def test_conversion_through_the_command_line(nfnets, tmp_path):
+  """Published names -> timm's -> ours, and a picture of what came out."""
+  model = models.make("nfnet_l0", 1000)
+  params = draw_params(param_shapes(model))
+  for values in params.values():
+    if "skip_gain" in values:
+      values["skip_gain"] = np.ones((), np.float32)
+  first = tmp_path / "ours.npz"
+  pretrained.save(first, params, cards.for_imagenet(model, "here"))
+  to_timm = nfnets("convert", first, tmp_path / "t.safetensors", "--to=timm")
+  assert "timm's nfnet_l0, 1000 classes" in to_timm.stdout, to_timm.stderr
+  back = nfnets("convert", tmp_path / "t.safetensors", tmp_path / "b.npz")
+  assert "b.npz: nfnet_l0, 1000 classes" in back.stdout, back.stderr
+  loaded, card = pretrained.load_with_card(tmp_path / "b.npz")
+  assert card.image_size == 288
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2.5e-7, atol=0),
+    loaded,
+    params,
+  )

@@ -1,0 +1,269 @@
+"""Fine-tuning through the command line: digits as PNG files, in two rounds.
+
+The weights that it starts from know the digits 0 to 4. The first folder has the
+digits 5 to 7; then 8 and 9 arrive, and more images of the others.
+"""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, read_rows
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from configs import base
+from nfnets import optim, pretrained, recipe
+from nfnets.errors import InputError
+from nfnets.patience import Patience
+
+NAMES = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
+
+# What suits digits, and few seconds.
+OPTIONS = [
+  "--config.augment.flip=False",
+  "--config.data.min_area=0.7",
+  "--config.train.epochs=12",
+  "--config.eval.every_epochs=2",
+  "--config.optim.lr_per_256=0.5",
+]
+
+
+def _write_digits(folder, digits, numbers, suffix="png", mode="RGB"):
+  data = load_digits()
+  for digit in digits:
+    root = folder / NAMES[digit]
+    root.mkdir(parents=True, exist_ok=True)
+    scans = data.images[data.target == digit][numbers]
+    for i, scan in enumerate(scans, start=numbers.start or 0):
+      image = Image.fromarray((scan / 16 * 255).astype(np.uint8)).convert(mode)
+      image.resize((40, 40)).save(root / f"{i:03}.{suffix}")
+
+
+def _train(nfnets, *options, **kwargs):
+  result = nfnets("train", *options, **kwargs)
+  assert result.returncode == 0, result.stderr
+  return result.stdout
+
+
+@pytest.fixture(scope="module")
+def start(nfnets, tmp_path_factory):
+  """A workdir whose weights know five digits."""
+  root = tmp_path_factory.mktemp("start")
+  _write_digits(root / "images", range(5), slice(0, 120))
+  _train(
+    nfnets,
+    "--config=configs/digits.py",
+    f"--workdir={root / 'run'}",
+    "--config.data.source=folder",
+    f"--config.data.dir={root / 'images'}",
+    "--config.data.min_area=0.7",
+    "--config.train.epochs=6",
+    *(f"--config.model.{k}={v}" for k, v in SMALL.items()),
+  )
+  return root / "run"
+
+
+def _fine_tune(start, folder, workdir, *options):
+  return [
+    "--config=configs/finetune.py:folder",
+    f"--config.init_from={start}",
+    f"--config.data.dir={folder}",
+    f"--workdir={workdir}",
+    *OPTIONS,
+    *options,
+  ]
+
+
+def test_two_rounds(start, nfnets, tmp_path):
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  command = _fine_tune(start, photos, workdir)
+
+  # Images of mixed modes: colour, grey, palettes, transparency.
+  _write_digits(photos, (5, 6, 7), slice(0, 40), mode="L")
+  _write_digits(photos, (5, 6, 7), slice(40, 60), mode="P")
+  _write_digits(photos, (5, 6, 7), slice(60, 80), mode="RGBA")
+  first = _train(nfnets, *command)
+  found = re.search(r"done: test accuracy (\S+)% .* (\S+)$", first, re.M)
+  assert found[2] == str(workdir / "round_001")
+  assert float(found[1]) > 85  # A tiny network, 80 images of each.
+  weights, card = pretrained.load_with_card(workdir)
+  assert card.class_names == ("five", "seven", "six")
+  assert card.model == "nfnet_tiny"
+  assert card.overrides.items() >= SMALL.items()
+  assert card.source == "trained on folder photos, from run"
+  assert "held-out images" not in first  # Nothing was known before.
+
+  # The same command again: there is nothing to do.
+  again = _train(nfnets, *command)
+  assert "round_001 is complete" in again
+  assert pretrained.load(workdir).keys() == weights.keys()
+
+  _write_digits(photos, (5, 6, 7), slice(80, 120))
+  _write_digits(photos, (8, 9), slice(0, 120))
+  second = _train(nfnets, *command)
+  assert "another round starts from" in second
+  _, grown_card = pretrained.load_with_card(workdir)
+  assert grown_card.class_names == ("eight", "five", "nine", "seven", "six")
+  rows = json.loads((workdir / "round_002" / "growth.json").read_text())
+  assert rows["known classes"]["before"] > 0.85
+  assert rows["known classes"]["after"] > 0.85
+  assert rows["new classes"]["before"] == 0
+  assert rows["new classes"]["after"] > 0.8
+  assert [rows[k]["classes"] for k in rows] == [3, 2, 5]
+  total = rows["all classes"]["images"]
+  assert (
+    rows["known classes"]["images"] + rows["new classes"]["images"] == total
+  )
+  assert re.search(r"known classes +\d+ +\S+% +\S+%", second)
+  # The first round is left as it was.
+  old = workdir / "round_001" / "weights.safetensors"
+  jax.tree.map(np.testing.assert_array_equal, pretrained.load(old), weights)
+
+  # Every other command takes the workdir, and means its newest round.
+  result = nfnets("evaluate", f"--workdir={workdir}", "--json")
+  results = json.loads(result.stdout)
+  assert results["best"]["top1"] == pytest.approx(
+    rows["all classes"]["after"], abs=1e-6
+  )
+  grid = tmp_path / "grid.png"
+  predicted = nfnets(
+    "predict",
+    f"--workdir={workdir}",
+    f"{photos}/n*/*.png",
+    "--csv",
+    "--top=1",
+    f"--grid={grid}",
+  )
+  assert predicted.returncode == 0, predicted.stderr
+  lines = predicted.stdout.splitlines()
+  assert lines[0] == "path,rank,class,probability"
+  assert len(lines) == 121
+  assert sum(",1,nine," in line for line in lines) > 100
+  with Image.open(grid) as picture:
+    assert min(picture.size) > 500
+
+
+def test_wrong_input_is_one_line(start, nfnets, tmp_path):
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  _write_digits(photos, (5, 6), slice(0, 10))
+
+  def fails(*options, exit_code=1, pattern):
+    result = nfnets("train", *_fine_tune(start, photos, workdir, *options))
+    assert result.returncode == exit_code, result.stdout
+    assert "Traceback" not in result.stderr
+    assert re.search(pattern, result.stderr), result.stderr
+    assert not (workdir / "round_001" / "config.json").exists()
+
+  (photos / "none").mkdir()
+  fails(pattern=r"none holds no image files: add some or remove it")
+  (photos / "none").rmdir()
+  fails(
+    "--config.model.name=nf_regnet_b0",
+    pattern=r"does not hold weights of nf_regnet_b0 .*missing in the file",
+  )
+  fails(
+    "--config.optim.frozen=stem,stage9",
+    exit_code=2,
+    pattern=r"'stage9': did you mean stage1 or stage2.*known: head, stage1",
+  )
+  fails(
+    "--config.optim.frozen=stem,stage1,stage2,head",
+    exit_code=2,
+    pattern="nothing is left to train",
+  )
+  fails("--config.init_from=absent.npz", pattern="no such weights file")
+  damaged = tmp_path / "damaged.safetensors"
+  whole = (start / "weights.safetensors").read_bytes()
+  damaged.write_bytes(whole[:1000])
+  fails(f"--config.init_from={damaged}", pattern="is damaged or no safetensor")
+  shutil.rmtree(photos / "six")
+  fails(pattern=r"has 1 class folder \(five\): at least two are needed")
+
+
+def test_without_weights_it_says_what_to_give():
+  from configs import finetune
+
+  with pytest.raises(InputError, match=r"give --config.init_from=WEIGHTS"):
+    recipe.resolve(finetune.get_config("folder"))
+
+
+def test_images_that_change_within_a_run_are_refused(start, nfnets, tmp_path):
+  """Without rounds: the order of the examples would be another."""
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  _write_digits(photos, (5, 6), slice(0, 30))
+  command = _fine_tune(start, photos, workdir)
+  command += ["--config.data.grows=False", "--config.train.epochs=1"]
+  _train(nfnets, *command)
+  _write_digits(photos, (5, 6), slice(30, 40))
+  result = nfnets("train", *command)
+  assert result.returncode == 1
+  assert re.search(r"another run \(images: .*classes.* -> ", result.stderr)
+
+
+def test_frozen_parts_keep_their_weights(start, nfnets, tmp_path):
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  _write_digits(photos, (5, 6), slice(0, 40))
+  command = _fine_tune(start, photos, workdir, "--config.train.epochs=2")
+  _train(nfnets, *command, "--config.optim.frozen=stem,stage1")
+  before, after = pretrained.load(start), pretrained.load(workdir)
+  _, card = pretrained.load_with_card(workdir)
+  stage_of = card.make_model().stage_of
+  moved = {"stem": 0.0, "stage1": 0.0, "stage2": 0.0, "head": 0.0}
+  for module, values in after.items():
+    if optim.is_classifier(module):
+      continue
+    for name, value in values.items():
+      change = np.max(np.abs(value - before[module][name]))
+      moved[stage_of(module)] = max(moved[stage_of(module)], change)
+  # The average of equal numbers may round.
+  assert moved["stem"] < 1e-6
+  assert moved["stage1"] < 1e-6
+  assert moved["stage2"] > 1e-4
+  assert moved["head"] > 1e-4
+
+
+def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):
+  """A learning rate of nothing: the first evaluation stays the best."""
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  _write_digits(photos, (5, 6), slice(0, 40))
+  options = ["--config.train.patience=2", "--config.train.epochs=20"]
+  options += ["--config.optim.lr_per_256=0.0", "--config.data.grows=False"]
+  options += ["--config.eval.every_epochs=1"]
+  command = _fine_tune(start, photos, workdir)
+  output = _train(nfnets, *command, *options)
+  assert "no better in 2 evaluations" in output
+  rows = read_rows(workdir, "eval")
+  assert len(rows) == 3
+  kept = {p.name for p in workdir.iterdir()}
+  assert "weights.safetensors" in kept
+  assert "best.safetensors" not in kept
+  # It is over, however often it is started.
+  again = _train(nfnets, *command, *options)
+  assert "is complete" in again
+  assert read_rows(workdir, "eval") == rows
+
+
+def test_patience_reads_the_record(tmp_path):
+  values = [0.5, 0.7, 0.6, 0.7, 0.8, 0.1]
+  lines = [
+    json.dumps({"step": i, "kind": "eval", "ema_top1": v}) + "\n"
+    for i, v in enumerate(values, start=1)
+  ]
+  (tmp_path / "metrics.jsonl").write_text("".join(lines))
+  best = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5}
+  exhausted = {1: False, 2: False, 3: False, 4: True, 5: False, 6: False}
+  for step in best:
+    patience = Patience(tmp_path, 2, step=step)
+    assert patience.best["step"] == best[step]
+    assert patience.is_exhausted == exhausted[step]
+
+
+def test_any_key_may_be_left_open_but_the_network_must_be_known(tmp_path):
+  config = base.get_config()
+  config.model.name = None
+  with pytest.raises(InputError, match=r"takes network and preprocessing from"):
+    recipe.resolve(config)
