@@ -28,6 +28,7 @@ size, the variant's own. `--config.model.name` chooses another network.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import base
 from nfnets.errors import unknown
@@ -47,17 +48,17 @@ def get_config(variant: str = "folder") -> ConfigDict:
 
 
 def _small(config: ConfigDict, source: str) -> ConfigDict:
-  config.model.name = None
+  config.model.name = placeholder(str)
   config.model.drop_rate = 0.2
   config.model.stochdepth_rate = 0.1
 
   config.data.source = source
   config.data.grows = source == "folder"
   config.data.min_area = 0.35
-  config.data.eval_crop = None
-  config.data.eval_margin = None
-  config.data.mean = None
-  config.data.std = None
+  config.data.eval_crop = placeholder(str)
+  config.data.eval_margin = placeholder(int)
+  config.data.mean = placeholder(tuple)
+  config.data.std = placeholder(tuple)
 
   config.train.epochs = 30.0
   config.train.batch_size = 32

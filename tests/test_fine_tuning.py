@@ -163,7 +163,7 @@ def test_wrong_input_is_one_line(start, nfnets, tmp_path):
   (photos / "none").rmdir()
   fails(
     "--config.model.name=nf_regnet_b0",
-    pattern=r"does not hold weights of nf_regnet_b0 .*missing in the file",
+    pattern=r"does not hold weights of nf_regnet_b0 .* absent in nf_regnet_b0",
   )
   fails(
     "--config.optim.frozen=stem,stage9",
