@@ -30,7 +30,8 @@ def _resolved(name):
   config = importlib.import_module(f"configs.{module}").get_config(variant)
   columns = config.model.to_dict()
   overrides = {k: v for k, v in columns.items() if v is not None}
-  row = models.variant(overrides.pop("name"), **overrides)
+  name_of_model = overrides.pop("name", None)  # Open in fine-tuning.
+  row = models.variant(name_of_model or "nfnet_f0", **overrides)
   steps = config.train.epochs * 1_281_167 / config.train.batch_size
   return {
     "config": config.to_dict(),
