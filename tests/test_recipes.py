@@ -73,6 +73,7 @@ def test_the_papers_values():
     "ema_decay": 0.99999,
     "sam_rho": 0.0,
     "sam_share": 0.2,
+    "frozen": "",
   }
   augment = config["augment"]
   assert augment["randaugment_layers"] == 4
