@@ -253,6 +253,7 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
   from nfnets.data import images
 
   found = images.find(args.paths)
+  _check_workdir(args)
   _keep_compiled()
   classifier = predict.Classifier(source)
   num_failures, shown = 0, []
@@ -287,6 +288,7 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
 def _export(args: argparse.Namespace, rest: list[str]) -> None:
   del rest
   source = _source_of(args, "export")
+  _check_workdir(args)
   from nfnets import export
 
   for path in export.export(source, args.out):
@@ -307,12 +309,15 @@ def _source_of(args: argparse.Namespace, use: str) -> str:
   """The one that is given of --workdir and --weights."""
   if (args.workdir is None) == (args.weights is None):
     raise UsageError(f"give either --workdir or --weights to {use}")
+  return str(args.workdir or args.weights)
+
+
+def _check_workdir(args: argparse.Namespace) -> None:
+  """Raises for a --workdir that is none."""
   if args.workdir is not None:
     from nfnets import card
 
-    # Raises for what is no workdir.
     card.read_config(card.newest_round(args.workdir))
-  return str(args.workdir or args.weights)
 
 
 def _keep_compiled() -> None:

@@ -55,14 +55,20 @@ TREE = {
 def _load(tmp_path, data):
   path = tmp_path / "F0_haiku.npz"
   path.write_bytes(data)
-  return pretrained.load(path)
+  return pickles.load(path)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_a_released_tree_is_read(tmp_path, protocol):
   found = _load(tmp_path, _dump(_released(TREE), protocol))
   jax.tree.map(np.testing.assert_array_equal, found, TREE)
-  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
+
+
+def test_a_tree_of_no_published_network_is_refused(tmp_path):
+  path = tmp_path / "F0_haiku.npz"
+  path.write_bytes(_dump(_released(TREE)))
+  with pytest.raises(InputError, match=r"does not hold weights of .*missing"):
+    pretrained.load(path)
 
 
 def test_arrays_that_dill_wrote_are_read(tmp_path, monkeypatch):
@@ -86,9 +92,15 @@ def test_the_whole_tree_of_f0(tmp_path):
   """The released file's content in kind: applied with no renaming."""
   model = models.make("nfnet_f0")
   params = draw_params(param_shapes(model))
-  found = _load(tmp_path, _dump(_released(params)))
-  pretrained.check(found, model, "here")
+  path = tmp_path / "anything.npz"
+  path.write_bytes(_dump(_released(params)))
+  found, card = pretrained.load_with_card(path)
+  assert card.model == "nfnet_f0"
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
   jax.tree.map(np.testing.assert_array_equal, found, params)
+  images = np.random.default_rng(0).standard_normal((1, 32, 32, 3), np.float32)
+  apply = jax.jit(lambda p: model.apply(p, {}, None, images)[0]["logits"])
+  np.testing.assert_array_equal(apply(found), apply(params))
 
 
 HOSTILE = {
