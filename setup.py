@@ -47,13 +47,10 @@ setup(
     # Only to compare with PyTorch Image Models; see scripts/timm.sh.
     "timm": ["huggingface_hub", "pyyaml", "torch"],
     "tpu": ["jax[tpu]"],
-    "notebooks": ["ipykernel", "jupyterlab", "nbclient"],
     "test": [
       "array_record",
       "hypothesis",
       "importlib_resources",
-      "ipykernel",
-      "nbclient",
       "onnx",
       "onnxruntime",
       "pytest",
