@@ -174,12 +174,8 @@ def _words(text: str) -> tuple[str, ...]:
   return tuple(word for word in text.replace(" ", "").split(",") if word)
 
 
-def resolve(config: ConfigDict) -> Recipe:
-  """Works out a config.
-
-  Raises:
-    UsageError: for an unknown name or a value out of its range.
-  """
+def check(config: ConfigDict) -> None:
+  """Raises `UsageError` for what is no config, or has impossible values."""
   if not isinstance(config, ConfigDict):
     raise UsageError(
       f"the recipe returns a {type(config).__name__}: start it from "
@@ -187,6 +183,15 @@ def resolve(config: ConfigDict) -> Recipe:
     )
   _check_keys(config.to_dict())
   _check_values(config)
+
+
+def resolve(config: ConfigDict) -> Recipe:
+  """Works out a config.
+
+  Raises:
+    UsageError: for an unknown name or a value out of its range.
+  """
+  check(config)
   if config.model.name is None or None in _preprocessing(config).values():
     config = fill(config, _card_of_start(config))
   columns = config.model.to_dict()

@@ -58,6 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       damaged checkpoint, or (`DivergedError`) numbers that are not finite;
       `StoppedError` after Ctrl-C or SIGTERM.
   """
+  recipe.check(config)
   with _stop_on_signal() as stop:
     if not config.data.grows:
       return _train(config, Path(workdir), stop)
