@@ -6,6 +6,7 @@ leaves the previous checkpoint as the newest). One item per use: `weights` is
 all that evaluation and prediction read.
 """
 
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -165,7 +166,8 @@ def _ignore_closed_loops(unraisable: Any) -> None:
   Once one array cannot be read, Orbax closes the event loop, and TensorStore
   prints a traceback for each of the others that it was still reading.
   """
-  if "Event loop is closed" not in str(unraisable.exc_value):
+  is_reading = inspect.iscoroutine(unraisable.object)
+  if not is_reading and "Event loop is closed" not in str(unraisable.exc_value):
     sys.__unraisablehook__(unraisable)
 
 
