@@ -51,6 +51,8 @@ setup(
       "array_record",
       "hypothesis",
       "importlib_resources",
+      "ipykernel",
+      "nbclient",
       "onnx",
       "onnxruntime",
       "pytest",
