@@ -33,9 +33,10 @@ class Card(NamedTuple):
   std: tuple[float, ...]
   source: str = ""  # Where the weights are from.
 
-  def make_model(self) -> models.Model:
-    """The network that the weights fit."""
-    return models.make(self.model, len(self.class_names), **self.overrides)
+  def make_model(self, **execution: Any) -> models.Model:
+    """The network that the weights fit; see `models.make` for `execution`."""
+    num_classes = len(self.class_names)
+    return models.make(self.model, num_classes, **execution, **self.overrides)
 
   @classmethod
   def from_dict(cls, values: dict[str, Any], origin: str) -> "Card":

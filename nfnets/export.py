@@ -66,7 +66,8 @@ def save_stablehlo(path: Path, params: Any, card: Card) -> None:
   Raises:
     InputError: for weights of over two gigabytes.
   """
-  model, weights = models.fold(card.make_model(), params)
+  portable = card.make_model(convolution="portable")
+  model, weights = models.fold(portable, params)
   if 4 * model.count_params() > _MOST_BYTES:
     raise InputError(
       f"{model.name} has {4 * model.count_params() / 2**30:.2f} GiB of "

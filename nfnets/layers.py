@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfnets import convolution
+
 Activation = Callable[[jax.Array], jax.Array]
 
 # Gain of each nonlinearity: the factor that restores unit variance to the
@@ -69,14 +71,13 @@ GAINS: dict[str, float] = {name: gain for name, (_, gain) in _GAINS.items()}
 STANDARDIZE_EPS = 1e-4
 
 
-def standardize(
-  w: jax.Array, gain: jax.Array, eps: float = STANDARDIZE_EPS
-) -> jax.Array:
+@jax.custom_vjp
+def standardize(w: jax.Array, gain: jax.Array) -> jax.Array:
   """Scaled weight standardisation (2101.08692 eq. 2 and 3).
 
   `(w - mean) * gain / sqrt(max(var * fan_in, eps))` with mean and (biased)
-  variance over the fan-in of each output channel. `eps` is a floor, not a
-  summand.
+  variance over the fan-in of each output channel. `eps`, STANDARDIZE_EPS, is a
+  floor, not a summand.
 
   Args:
     w: kernel [height, width, C_in / groups, C_out], float32.
@@ -86,11 +87,38 @@ def standardize(
     The kernel that is convolved, same shape; each output channel has mean 0 and
     sum of squares gain².
   """
-  fan_in = np.prod(w.shape[:-1])
+  return _standardize_forward(w, gain)[0]
+
+
+def _standardize_forward(w, gain):
   mean = jnp.mean(w, axis=(0, 1, 2), keepdims=True)
-  var = jnp.var(w, axis=(0, 1, 2), keepdims=True)
-  scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, eps)) * _along_channels(gain)
-  return w * scale - mean * scale
+  centered = w - mean
+  squares = jnp.sum(centered**2, axis=(0, 1, 2), keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.maximum(squares, STANDARDIZE_EPS))
+  out = centered * (inverse * _along_channels(gain))
+  return out, (w, gain, mean, squares)
+
+
+def _standardize_backward(residuals, grad):
+  """By hand: two passes over the kernel, where the derived one takes five.
+
+  With c = w - mean, r = 1 / sqrt(sum c²), g the gradient of the result:
+  dgain = r sum(g c), dw = gain r (g - mean(g) - c r² sum(g c)); the last term
+  is absent below the floor, where r is constant.
+  """
+  w, gain, mean, squares = residuals
+  axes = (0, 1, 2)
+  centered = w - mean
+  product = jnp.sum(grad * centered, axes, keepdims=True)
+  slope = jnp.mean(grad, axes, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.maximum(squares, STANDARDIZE_EPS))
+  pull = jnp.where(squares > STANDARDIZE_EPS, product * inverse**2, 0)
+  scale = inverse * _along_channels(gain)
+  dw = scale * (grad - slope - centered * pull)
+  return dw, (product * inverse)[0, 0, 0]
+
+
+standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
 def folded_kernel(w: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -100,68 +128,6 @@ def folded_kernel(w: np.ndarray, gain: np.ndarray) -> np.ndarray:
   squares = np.sum(np.square(w), axis=(0, 1, 2), dtype=np.float64)
   scale = gain / np.sqrt(np.maximum(squares, STANDARDIZE_EPS))
   return w * scale.astype(np.float32)
-
-
-def conv2d(
-  x: jax.Array,
-  w: jax.Array,
-  *,
-  stride: int = 1,
-  groups: int = 1,
-  padding: str = "same",
-) -> jax.Array:
-  """2-D convolution, the only place that picks how.
-
-  Every form computes the same sums; which one is fast depends on the platform
-  that the program is compiled for.
-  On CPU XLA's grouped convolution is slow, above all in the gradient, and a
-  1x1 convolution is faster as a matrix product. The gradient of NFNet-F0
-  (batch 4, 192 px, 2 cores, images/s): as XLA has it 0.70; one dense
-  convolution per group 1.51; and 1x1 as a product besides 2.53.
-
-  Args:
-    x: [N, H, W, C_in].
-    w: [height, width, C_in / groups, C_out], dtype of x.
-    padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
-
-  Returns:
-    [N, ceil(H / stride), ceil(W / stride), C_out].
-  """
-  options = {"stride": stride, "groups": groups, "padding": padding}
-  return jax.lax.platform_dependent(
-    x,
-    w,
-    cpu=functools.partial(convolve_on_cpu, **options),
-    default=functools.partial(convolve, **options),
-  )
-
-
-def convolve(x, w, *, stride, groups, padding):
-  """`conv2d` as XLA has it."""
-  pads = "SAME"
-  if padding == "symmetric":
-    pads = [(size // 2, size // 2) for size in w.shape[:2]]
-  return jax.lax.conv_general_dilated(
-    x,
-    w,
-    window_strides=(stride, stride),
-    padding=pads,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=groups,
-  )
-
-
-def convolve_on_cpu(x, w, *, stride, groups, padding):
-  """`conv2d` as products and dense convolutions."""
-  if w.shape[:2] == (1, 1) and stride == 1 and groups == 1:
-    return jnp.einsum("nhwi,io->nhwo", x, w[0, 0])
-  parts = zip(
-    jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=-1), strict=True
-  )
-  outs = [
-    convolve(a, b, stride=stride, groups=1, padding=padding) for a, b in parts
-  ]
-  return outs[0] if groups == 1 else jnp.concatenate(outs, axis=-1)
 
 
 class WSConv2D(hk.Module):
@@ -180,6 +146,7 @@ class WSConv2D(hk.Module):
     groups: int = 1,
     padding: str = "same",
     is_folded: bool = False,
+    form: str | None = None,
     name: str | None = None,
   ):
     super().__init__(name=name)
@@ -189,6 +156,7 @@ class WSConv2D(hk.Module):
     self.groups = groups
     self.padding = padding
     self.is_folded = is_folded
+    self.form = form
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C_in]
     size, channels = self.kernel_size, self.output_channels
@@ -203,12 +171,13 @@ class WSConv2D(hk.Module):
       gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
       w = standardize(w, gain)
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
-    out = conv2d(
+    out = convolution.conv2d(
       x,
       w.astype(x.dtype),
       stride=self.stride,
       groups=self.groups,
       padding=self.padding,
+      form=self.form,
     )
     return out + _along_channels(bias.astype(x.dtype))  # [N, H', W', C_out]
 
@@ -256,17 +225,14 @@ class EfficientAttention(hk.Module):
 
 
 def stochastic_depth(
-  x: jax.Array, drop_rate: float, *, is_training: bool
+  x: jax.Array, keep_rate: jax.Array, key: jax.Array
 ) -> jax.Array:
   """Drops whole residual branches, one draw per image.
 
   The survivors are not rescaled by the keep probability, as in the released
   training code.
   """
-  if not is_training or drop_rate == 0:
-    return x
-  shape = (x.shape[0], 1, 1, 1)
-  keep = jax.random.bernoulli(hk.next_rng_key(), 1 - drop_rate, shape)
+  keep = jax.random.bernoulli(key, keep_rate, (x.shape[0], 1, 1, 1))
   return x * keep.astype(x.dtype)
 
 

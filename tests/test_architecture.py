@@ -16,6 +16,7 @@ FLOORS = (
   ("errors",),
   (
     "agc",
+    "convolution",
     "devices",
     "downloads",
     "layers",
@@ -54,6 +55,7 @@ FLOORS = (
 NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
+  "layers": {"convolution"},
   "onnx_graph": {"card"},
   "patience": {"card", "metrics", "pretrained"},
   "plots": {"metrics"},

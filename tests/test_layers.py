@@ -1,4 +1,4 @@
-"""Layers: properties of standardisation, equality of convolution forms."""
+"""Layers: properties of standardisation, activations and gates."""
 
 import haiku as hk
 import jax
@@ -37,39 +37,23 @@ def test_standardization_has_a_floor_instead_of_a_summand():
   )
 
 
-@pytest.mark.parametrize("size", [8, 9])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", ["same", "symmetric"])
-@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (3, 4)])
-def test_convolution_forms_are_equal(size, stride, padding, kernel, groups):
-  x = _normal(2, size, size, 8)
-  w = _normal(kernel, kernel, 8 // groups, 12, seed=1)
-  options = {"stride": stride, "groups": groups, "padding": padding}
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # Above and below the floor.
+def test_gradients_of_standardization_are_the_derived_ones(scale):
+  w, gain = scale * _normal(3, 3, 8, 16), 1 + 0.3 * _normal(16, seed=1)
+  seen = _normal(3, 3, 8, 16, seed=2)
 
-  def value_and_gradients(convolve):
-    def total(x, w):
-      out = convolve(x, w, **options)
-      return jnp.sum(jnp.sin(out)), out
+  def plain(w, gain):
+    mean = jnp.mean(w, (0, 1, 2), keepdims=True)
+    squares = jnp.var(w, (0, 1, 2), keepdims=True) * 72
+    inverse = jax.lax.rsqrt(jnp.maximum(squares, layers.STANDARDIZE_EPS))
+    return (w - mean) * inverse * gain[None, None, None]
 
-    return jax.grad(total, argnums=(0, 1), has_aux=True)(x, w)
-
-  ours = value_and_gradients(layers.convolve_on_cpu)
-  assert ours[1].shape == (2, -(-size // stride), -(-size // stride), 12)
-  for other in (layers.convolve, layers.conv2d):
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-      ours,
-      value_and_gradients(other),
-    )
-
-
-def test_convolutions_take_the_form_of_the_platform_they_are_compiled_for():
-  x, w = _normal(2, 8, 8, 8), _normal(3, 3, 2, 12, seed=1)
-  convolve = jax.jit(lambda x, w: layers.conv2d(x, w, groups=4))
-  grouped = "feature_group_count = 4"
-  for platform, is_grouped in (("cpu", False), ("cuda", True), ("tpu", True)):
-    exported = jax.export.export(convolve, platforms=[platform])(x, w)
-    assert (grouped in exported.mlir_module()) == is_grouped, platform
+  ours, derived = (
+    jax.grad(lambda *args, f=f: jnp.sum(f(*args) * seen), (0, 1))(w, gain)
+    for f in (layers.standardize, plain)
+  )
+  for a, b in zip(ours, derived, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
 
 
 @pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
@@ -84,26 +68,19 @@ def test_activations_preserve_variance(name):
   np.testing.assert_allclose(variance, 1, rtol=3e-3)
 
 
-def _apply(function, *args, rng=None):
+def _apply(function, *args):
   network = hk.transform(function)
   params = network.init(jax.random.key(0), *args)
-  return network.apply(params, rng, *args)
+  return network.apply(params, None, *args)
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_rest_unscaled():
   x = 1 + jnp.abs(_normal(400, 2, 2, 3))
-  drop = lambda x: layers.stochastic_depth(x, 0.25, is_training=True)
-  kept = _apply(drop, x, rng=jax.random.key(1)) / x
+  kept = layers.stochastic_depth(x, 0.75, jax.random.key(1)) / x
   per_image = np.asarray(kept).reshape(400, -1)
   assert set(np.unique(per_image)) == {0.0, 1.0}
   assert (per_image == per_image[:, :1]).all()
   assert 0.18 < 1 - per_image[:, 0].mean() < 0.32
-
-
-def test_stochastic_depth_is_the_identity_in_evaluation():
-  x = _normal(4, 2, 2, 3)
-  keep = lambda x: layers.stochastic_depth(x, 0.9, is_training=False)
-  assert (_apply(keep, x) == x).all()
 
 
 def test_average_pool_at_odd_edges_is_the_mean_of_what_is_there():

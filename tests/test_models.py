@@ -12,7 +12,7 @@ from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
 from nfnets import models
 from nfnets.errors import InputError
 from nfnets.models import plan as plans
-from nfnets.models.network import NFBlock
+from nfnets.models.network import Drawn, Execution, NFBlock
 
 SIZES = load_json("sizes.json")
 
@@ -160,7 +160,8 @@ def test_each_block_of_f0_propagates_the_predicted_variance(index):
   block = plan.blocks[index]
 
   def forward(x):
-    return NFBlock(block, plan)(x, is_training=False)
+    drawn = Drawn(block.beta, keep_rate=1, key=None)
+    return NFBlock(block, plan, Execution())(x, drawn)
 
   network = hk.without_apply_rng(hk.transform(forward))
   rng = np.random.default_rng(index)
@@ -284,6 +285,62 @@ def test_training_uses_its_randomness_and_evaluation_none():
   assert (logits(None, False) == logits(1, False)).all()
 
 
+@pytest.mark.parametrize(
+  "execution",
+  [
+    {"convolution": "products"},
+    {"is_scanned": True},
+    {"remat": "blocks"},
+    {"remat": "stages"},
+    {"remat": "blocks", "is_scanned": True},
+  ],
+  ids=str,
+)
+def test_all_ways_to_compute_a_network_are_equal(execution):
+  """Losses and gradients in training, with dropped branches and features."""
+  row = SMALL | {"depth": (1, 3), "drop_rate": 0.2, "stochdepth_rate": 0.5}
+  params = draw_params(param_shapes(models.make("nfnet_tiny", 10, **row)))
+  images = np.random.default_rng(0).standard_normal((4, 24, 24, 3), np.float32)
+
+  def loss_and_gradient(**execution):
+    model = models.make("nfnet_tiny", 10, **row, **execution)
+
+    def loss(params):
+      key = jax.random.key(2)
+      outputs, _ = model.apply(params, {}, key, images, is_training=True)
+      return jnp.sum(outputs["logits"] ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max())
+    ),
+    loss_and_gradient(**execution),
+    loss_and_gradient(convolution="xla"),
+  )
+
+
+def test_computing_again_keeps_less_for_the_gradient():
+  def kept_bytes(**execution):
+    row = SMALL | {"depth": (1, 6), "stochdepth_rate": 0.0}
+    model = models.make("nfnet_tiny", 10, **row, **execution)
+    images = jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.float32)
+
+    def residuals(params, images):
+      apply = lambda p: model.apply(p, {}, None, images)[0]["logits"]
+      return jax.vjp(apply, params)[1]
+
+    kept = jax.eval_shape(residuals, param_shapes(model), images)
+    return sum(4 * x.size for x in jax.tree.leaves(kept))
+
+  everything = kept_bytes()
+  blocks = kept_bytes(remat="blocks")
+  assert blocks < 0.4 * everything
+  assert kept_bytes(remat="blocks", is_scanned=True) < 0.4 * everything
+  assert kept_bytes(remat="stages") < blocks
+
+
 def test_stages_of_modules():
   model = models.make("nfnet_f0")
   expected = {
@@ -317,6 +374,8 @@ def test_stages_of_modules():
     ("nf_regnet_b0", {"width": (1, 2)}, r"width=.* has 2 entries, but depth"),
     ("nf_regnet_b0", {"group_width": 0}, r"group_width=0 is not positive"),
     ("nf_regnet_b0", {"group_width": 99}, r"no room for a group of group_wid"),
+    ("nfnet_f0", {"remat": "all"}, r"unknown remat 'all'.*blocks"),
+    ("nfnet_f0", {"convolution": "fft"}, r"unknown form of convolution 'fft'"),
     ("nf_resnet50", {"bottleneck_ratio": 0.001}, r"no channels are left"),
     ("nf_resnet50", {"stochdepth_rate": 1.5}, r"rate=1.5 is not in \[0, 1\)"),
   ],

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from nfnets import layers
+from nfnets.convolution import FORMS
 from nfnets.errors import InputError, unknown
 from nfnets.models import nf_regnet, nf_resnet, nfnet
 from nfnets.models import plan as plans
-from nfnets.models.network import Network
+from nfnets.models.network import REMATS, Execution, Network
 from nfnets.models.plan import Plan
 
 _FAMILIES = {f.Variant: f for f in (nfnet, nf_regnet, nf_resnet)}
@@ -36,7 +37,7 @@ class Model(NamedTuple):
     variant: Its row, with the overrides in place.
     plan: What the row works out to.
     num_classes: Width of the logits.
-    is_folded: Whether its weights are standardised already: see `fold`.
+    execution: How it is computed.
     init: `(rng, images) -> (params, state)`. Parameters are a two-level dict
       `{module: {name: float32 array}}` with the published names.
     apply: `(params, state, rng, images, is_training=False,
@@ -50,7 +51,7 @@ class Model(NamedTuple):
   variant: Variant
   plan: Plan
   num_classes: int
-  is_folded: bool
+  execution: Execution
   init: Callable[..., tuple[hk.Params, hk.State]]
   apply: Callable[..., tuple[dict[str, Any], hk.State]]
 
@@ -75,7 +76,7 @@ class Model(NamedTuple):
   def shapes(self) -> tuple[Any, Any]:
     """Shapes of parameters and state, without computing them."""
     shapes = plans.shapes(self.plan, self.num_classes)
-    if self.is_folded:
+    if self.execution.is_folded:
       for values in shapes.values():
         values.pop("gain", None)
     params = {
@@ -129,7 +130,14 @@ def _as_type_of(column: str, old: Any, new: Any) -> Any:
 
 
 def make(
-  name: str, num_classes: int = 1000, *, is_folded: bool = False, **overrides
+  name: str,
+  num_classes: int = 1000,
+  *,
+  is_folded: bool = False,
+  convolution: str | None = None,
+  remat: str = "none",
+  is_scanned: bool = False,
+  **overrides,
 ) -> Model:
   """Builds a network.
 
@@ -139,25 +147,39 @@ def make(
     num_classes: Width of the logits.
     is_folded: For weights that went through `fold`: the same function, without
       weight standardisation. For inference.
+    convolution: How convolutions are computed, of
+      `nfnets.convolution.FORMS`; None: as is fast on the platform.
+    remat: What a gradient keeps of the forward pass: `none` of it is computed
+      again, or all but the inputs of `blocks` or `stages`, which takes less
+      memory and more time.
+    is_scanned: Whether equal blocks are compiled once, as a loop: compiling
+      takes less time, running a little more.
     **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such
       as `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
   Raises:
-    InputError: see `variant`.
+    InputError: see `variant`; or for an unknown way of computing.
   """
   row = variant(name, **overrides)
   if num_classes < 1:
     raise InputError(f"num_classes={num_classes}: at least 1 is needed")
-  return _make(name, row, num_classes, is_folded)
+  if convolution is not None and convolution not in FORMS:
+    raise unknown("form of convolution", convolution, FORMS)
+  if remat not in REMATS:
+    raise unknown("remat", remat, REMATS)
+  execution = Execution(is_folded, convolution, remat, is_scanned)
+  return _make(name, row, num_classes, execution)
 
 
-def _make(name: str, row: Variant, num_classes: int, is_folded: bool) -> Model:
+def _make(
+  name: str, row: Variant, num_classes: int, execution: Execution
+) -> Model:
   plan = _FAMILIES[type(row)].plan(row)
 
   def forward(
     images, is_training=False, return_metrics=False, return_features=False
   ):
-    return Network(plan, num_classes, is_folded=is_folded)(
+    return Network(plan, num_classes, execution)(
       images,
       is_training=is_training,
       return_metrics=return_metrics,
@@ -165,7 +187,7 @@ def _make(name: str, row: Variant, num_classes: int, is_folded: bool) -> Model:
     )
 
   net = hk.transform_with_state(forward)
-  return Model(name, row, plan, num_classes, is_folded, net.init, net.apply)
+  return Model(name, row, plan, num_classes, execution, net.init, net.apply)
 
 
 def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
@@ -186,4 +208,6 @@ def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
     if "gain" in values:
       gain = folded[module].pop("gain")
       folded[module]["w"] = layers.folded_kernel(values["w"], gain)
-  return _make(model.name, model.variant, model.num_classes, True), folded
+  execution = model.execution._replace(is_folded=True)
+  new = _make(model.name, model.variant, model.num_classes, execution)
+  return new, folded

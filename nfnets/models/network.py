@@ -3,22 +3,42 @@
 Shapes: N batch, H height, W width, C channels; images [N, H, W, 3].
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nfnets import layers
+from nfnets.models import plan as plans
 from nfnets.models.plan import Attention, Block, Conv, Plan
 
+# What a gradient keeps of the forward pass: everything; or the inputs of blocks
+# or of stages, from which the rest is computed again.
+REMATS = ("none", "blocks", "stages")
 
-def _make_conv(conv: Conv, plan: Plan, *, is_folded: bool) -> layers.WSConv2D:
+
+class Execution(NamedTuple):
+  """How a network is computed; what it computes does not depend on it."""
+
+  is_folded: bool = False  # Its weights are standardised already.
+  convolution: str | None = None  # Of convolution.FORMS; None: the fast one.
+  remat: str = "none"  # Of REMATS.
+  # Equal blocks are one loop, compiled once, rather than one after the other.
+  is_scanned: bool = False
+
+
+def _make_conv(conv: Conv, plan: Plan, execution: Execution) -> layers.WSConv2D:
   return layers.WSConv2D(
     conv.channels,
     conv.kernel_size,
     stride=conv.stride,
     groups=conv.groups,
     padding=plan.padding,
-    is_folded=is_folded,
+    is_folded=execution.is_folded,
+    form=execution.convolution,
     name=conv.name,
   )
 
@@ -31,27 +51,33 @@ def _make_attention(attention: Attention | None) -> hk.Module | None:
   return layers.SqueezeExcite(attention.channels, attention.size)
 
 
+class Drawn(NamedTuple):
+  """What differs between blocks of one shape; scalars."""
+
+  beta: Any  # See plan.Block.
+  keep_rate: Any  # Of stochastic depth.
+  key: jax.Array | None  # Of stochastic depth; None: nothing is dropped.
+
+
 class NFBlock(hk.Module):
   """`shortcut + alpha * skip_gain * f(x * beta)`, figure 1 of 2102.06171."""
 
-  def __init__(self, block: Block, plan: Plan, *, is_folded: bool = False):
-    super().__init__(name=block.name.rstrip("_0123456789"))
+  def __init__(self, block: Block, plan: Plan, execution: Execution):
+    super().__init__(name=block.kind)
     self.block, self.alpha = block, plan.alpha
     self.activation = layers.ACTIVATIONS[plan.activation]
-    make = lambda conv: _make_conv(conv, plan, is_folded=is_folded)
+    make = lambda conv: _make_conv(conv, plan, execution)
     self.convs = [make(conv) for conv in block.convs]
     self.shortcut = make(block.shortcut) if block.shortcut else None
     self.attention = _make_attention(block.attention)
 
-  def __call__(
-    self, x: jax.Array, *, is_training: bool
-  ) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, drawn: Drawn) -> tuple[jax.Array, jax.Array]:
     """[N, H, W, in_channels] -> [N, H / stride, W / stride, channels].
 
     Also returns the mean channel variance of the residual branch, a scalar.
     """
     act, block = self.activation, self.block
-    out = act(x) * block.beta
+    out = act(x) * jnp.asarray(drawn.beta, x.dtype)
 
     shortcut = x
     if self.shortcut is not None:
@@ -68,9 +94,8 @@ class NFBlock(hk.Module):
       out = self._attend(out)
     residual_variance = jnp.mean(jnp.var(out.astype(jnp.float32), (0, 1, 2)))
 
-    out = layers.stochastic_depth(
-      out, block.stochdepth_rate, is_training=is_training
-    )
+    if drawn.key is not None:
+      out = layers.stochastic_depth(out, drawn.keep_rate, drawn.key)
     # SkipInit: every block starts as its shortcut.
     skip_gain = hk.get_parameter("skip_gain", (), jnp.float32, jnp.zeros)
     out = shortcut + out * (self.alpha * skip_gain).astype(out.dtype)
@@ -83,15 +108,13 @@ class NFBlock(hk.Module):
 class Network(hk.Module):
   """Stem, blocks, head."""
 
-  def __init__(self, plan: Plan, num_classes: int, *, is_folded: bool = False):
+  def __init__(self, plan: Plan, num_classes: int, execution: Execution):
     super().__init__(name=plan.name)
-    self.plan = plan
+    self.plan, self.execution = plan, execution
     self.activation = layers.ACTIVATIONS[plan.activation]
-    make = lambda conv: _make_conv(conv, plan, is_folded=is_folded)
+    make = lambda conv: _make_conv(conv, plan, execution)
     self.stem = [make(conv) for conv in plan.stem]
-    self.blocks = [
-      NFBlock(block, plan, is_folded=is_folded) for block in plan.blocks
-    ]
+    self.blocks = [NFBlock(block, plan, execution) for block in plan.blocks]
     self.final_conv = make(plan.final_conv) if plan.final_conv else None
     self.classifier = hk.Linear(
       num_classes,
@@ -117,23 +140,25 @@ class Network(hk.Module):
       (what is averaged into `pool`), each [N, H', W', C].
     """
     outputs = {}
-    x = images
-    for i, conv in enumerate(self.stem):
-      x = conv(self.activation(x) if i else x)
-    if self.plan.has_stem_pool:
-      x = layers.max_pool(x, self.plan.padding)
+    x = self._maybe_remat(self._run_stem, "blocks", "stages")(images)
     if return_metrics:
       outputs.update(layers.signal_metrics(x, 0))
     if return_features:
       outputs["stem"] = x
 
-    for i, block in enumerate(self.blocks):
-      x, residual_variance = block(x, is_training=is_training)
+    drawn = [self._draw(block, is_training) for block in self.plan.blocks]
+    for stage, members in enumerate(plans.stages(self.plan), start=1):
       if return_metrics:
-        outputs.update(layers.signal_metrics(x, i + 1))
-        outputs[f"res_avg_var_{i}"] = residual_variance
-      if return_features:  # The last block of a stage stays.
-        outputs[f"stage{block.block.stage}"] = x
+        for i in members:
+          x, variance = self.blocks[i](x, drawn[i])
+          outputs.update(layers.signal_metrics(x, i + 1))
+          outputs[f"res_avg_var_{i}"] = variance
+      else:
+        run = functools.partial(self._run_stage, members)
+        run = self._maybe_remat(run, "stages")
+        x = run(x, [drawn[i] for i in members])
+      if return_features:
+        outputs[f"stage{stage}"] = x
 
     x = self.activation(self.final_conv(x) if self.final_conv else x)
     if return_features:
@@ -144,3 +169,65 @@ class Network(hk.Module):
       pool = hk.dropout(hk.next_rng_key(), self.plan.drop_rate, pool)
     outputs["logits"] = self.classifier(pool)  # [N, num_classes]
     return outputs
+
+  def _run_stem(self, x: jax.Array) -> jax.Array:
+    for i, conv in enumerate(self.stem):
+      x = conv(self.activation(x) if i else x)
+    if self.plan.has_stem_pool:
+      x = layers.max_pool(x, self.plan.padding)
+    return x
+
+  def _draw(self, block: Block, is_training: bool) -> Drawn:
+    rate = block.stochdepth_rate if is_training else 0.0
+    key = hk.next_rng_key() if rate else None
+    return Drawn(np.float32(block.beta), np.float32(1 - rate), key)
+
+  def _run_stage(
+    self, members: list[int], x: jax.Array, drawn: list[Drawn]
+  ) -> jax.Array:
+    """Blocks one after the other; equal ones as a loop, if so wanted."""
+    drawn = dict(zip(members, drawn, strict=True))
+    for run in plans.runs(self.plan, members):
+      is_loop = self.execution.is_scanned and len(run) > 1
+      if is_loop and not hk.running_init():
+        x = self._scan(x, run, [drawn[i] for i in run])
+        continue
+      for i in run:
+        x, _ = self._maybe_remat(self.blocks[i], "blocks")(x, drawn[i])
+    return x
+
+  def _scan(
+    self, x: jax.Array, run: list[int], drawn: list[Drawn]
+  ) -> jax.Array:
+    """Blocks that differ in their numbers alone, as one loop over them."""
+    first = self.plan.blocks[run[0]]
+    net = hk.transform(
+      lambda x, drawn: NFBlock(first, self.plan, self.execution)(x, drawn)
+    )
+
+    def body(x, inputs):
+      params, drawn = inputs
+      return net.apply(params, None, x, drawn)[0], None
+
+    if self.execution.remat == "blocks":
+      body = jax.checkpoint(body)
+    params = [_relative_params(self.blocks[i]) for i in run]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
+    return jax.lax.scan(body, x, (stacked, drawn))[0]
+
+  def _maybe_remat(self, function: Any, *where: str) -> Any:
+    """A part that is computed again for the gradient, where that is wanted."""
+    if self.execution.remat not in where or hk.running_init():
+      return function
+    return hk.remat(function)
+
+
+def _relative_params(block: NFBlock) -> hk.Params:
+  """A block's parameters by the names that it has outside of a network."""
+  params: dict[str, dict[str, jax.Array]] = {}
+  for path, value in block.params_dict().items():
+    module, _, name = path.rpartition("/")
+    module = block.block.kind + module.removeprefix(block.module_name)
+    params.setdefault(module, {})[name] = value
+  return params

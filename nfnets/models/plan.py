@@ -6,6 +6,7 @@ names they have in other libraries and the graphs that are exported all follow
 from it.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -57,6 +58,11 @@ class Block(NamedTuple):
   shortcut: Conv | None  # Where the shape changes.
   attention: Attention | None
   is_pooled: bool  # The shortcut's stride is an average, not a step.
+
+  @property
+  def kind(self) -> str:
+    """Its name without the number."""
+    return self.name.rstrip("_0123456789")
 
   @property
   def in_channels(self) -> int:
@@ -167,6 +173,22 @@ def check_stages(row, columns: tuple[str, ...]) -> None:
       raise InputError(f"{column}={getattr(row, column)} is not positive")
   if not math.isfinite(row.alpha):
     raise InputError(f"alpha={row.alpha} is not finite")
+
+
+def stages(plan: Plan) -> list[list[int]]:
+  """The indices of each stage's blocks."""
+  indices = range(len(plan.blocks))
+  key = lambda i: plan.blocks[i].stage
+  return [list(group) for _, group in itertools.groupby(indices, key)]
+
+
+def runs(plan: Plan, indices: list[int]) -> list[list[int]]:
+  """Consecutive blocks of one shape, which differ in nothing but numbers."""
+
+  def shape(i: int) -> Block:
+    return plan.blocks[i]._replace(name="", beta=0, stochdepth_rate=0)
+
+  return [list(group) for _, group in itertools.groupby(indices, shape)]
 
 
 def shapes(plan: Plan, num_classes: int) -> Shapes:

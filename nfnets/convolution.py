@@ -1,0 +1,203 @@
+"""Convolution: one function, and the forms that it picks from.
+
+Every form computes the same sums. Which one is fast depends on the platform
+that the program is compiled for, so the choice was measured, and the numbers
+are in `experiments/speed.md`.
+
+Shapes: N batch, H height, W width, C channels; activations are [N, H, W, C],
+kernels [height, width, C_in / groups, C_out] ("HWIO").
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nfnets.errors import unknown
+
+# Kernel gradients of `products`, by the pixels of the output: from the first
+# number on they are products rather than XLA's convolution; from the second on
+# image by image, as what a kernel position sees of a xla batch no longer fits
+# the processor's cache.
+_PIXELS_FOR_PRODUCTS = 400
+_PIXELS_FOR_IMAGES = 1024
+
+
+def conv2d(
+  x: jax.Array,
+  w: jax.Array,
+  *,
+  stride: int = 1,
+  groups: int = 1,
+  padding: str = "same",
+  form: str | None = None,
+) -> jax.Array:
+  """2-D convolution.
+
+  Args:
+    x: [N, H, W, C_in].
+    w: [height, width, C_in / groups, C_out], dtype of x.
+    padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
+    form: Of FORMS; None: the one that is fast on JAX's default backend.
+
+  Returns:
+    [N, ceil(H / stride), ceil(W / stride), C_out].
+
+  Raises:
+    InputError: for an unknown form.
+  """
+  if form is None:
+    form = "products" if jax.default_backend() == "cpu" else "xla"
+  if form not in FORMS:
+    raise unknown("form of convolution", form, FORMS)
+  return FORMS[form](x, w, stride=stride, groups=groups, padding=padding)
+
+
+def xla(x, w, *, stride, groups, padding):
+  """As XLA has it: one operation, grouped if need be."""
+  return jax.lax.conv_general_dilated(
+    x,
+    w,
+    window_strides=(stride, stride),
+    padding=_pads(x.shape, w.shape, stride, padding),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+def split(x, w, *, stride, groups, padding):
+  """One dense convolution per group."""
+  dense = functools.partial(xla, stride=stride, groups=1, padding=padding)
+  return _by_group(dense, x, w, groups)
+
+
+def products(x, w, *, stride, groups, padding):
+  """1x1 as a matrix product, others per group, kernel gradients as products."""
+  if w.shape[:2] == (1, 1) and groups == 1:
+    x = x[:, ::stride, ::stride]
+    return (_as_matrix(x) @ w[0, 0]).reshape(*x.shape[:3], w.shape[-1])
+  dense = functools.partial(_dense, stride=stride, padding=padding)
+  return _by_group(dense, x, w, groups)
+
+
+def portable(x, w, *, stride, groups, padding):
+  """For each platform its own, in a program for several."""
+  options = {"stride": stride, "groups": groups, "padding": padding}
+  return jax.lax.platform_dependent(
+    x,
+    w,
+    cpu=functools.partial(products, **options),
+    default=functools.partial(xla, **options),
+  )
+
+
+# Name -> function of (x, w, stride, groups, padding).
+FORMS: dict[str, Callable[..., jax.Array]] = {
+  "xla": xla,
+  "split": split,
+  "products": products,
+  "portable": portable,
+}
+
+
+def _by_group(dense: Callable[..., jax.Array], x, w, groups):
+  if groups == 1:
+    return dense(x, w)
+  parts = zip(
+    jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=-1), strict=True
+  )
+  return jnp.concatenate([dense(a, b) for a, b in parts], axis=-1)
+
+
+def _dense(x, w, *, stride, padding):
+  """`xla` without groups; its kernel gradient is a sum of products.
+
+  The gradient of the kernel at one of its positions ("tap") is the product of
+  what that position sees of the image with the gradient of the output.
+  """
+  dense = functools.partial(xla, stride=stride, groups=1, padding=padding)
+
+  @jax.custom_vjp
+  def convolve(x, w):
+    return dense(x, w)
+
+  def forward(x, w):
+    return dense(x, w), (x, w)
+
+  def backward(residuals, dy):
+    x, w = residuals
+    (dx,) = jax.linear_transpose(lambda x: dense(x, w), x)(dy)
+    by_taps = functools.partial(
+      _kernel_gradient,
+      size=w.shape[:2],
+      stride=stride,
+      pads=_pads(x.shape, w.shape, stride, padding),
+    )
+    pixels = dy.shape[1] * dy.shape[2]
+    if pixels < _PIXELS_FOR_PRODUCTS:
+      (dw,) = jax.linear_transpose(lambda w: dense(x, w), w)(dy)
+    elif pixels < _PIXELS_FOR_IMAGES:
+      dw = by_taps(x, dy)
+    else:
+      dw = jax.lax.scan(
+        lambda dw, one: (dw + by_taps(one[0][None], one[1][None]), None),
+        jnp.zeros(w.shape, jnp.float32),
+        (x, dy),
+      )[0]
+    return dx, dw.astype(w.dtype)
+
+  convolve.defvjp(forward, backward)
+  return convolve(x, w)
+
+
+def _kernel_gradient(x, dy, *, size, stride, pads):
+  """[N, H, W, C_in], [N, H', W', C_out] -> kernel, float32."""
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  num, height, width = dy.shape[:3]
+  taps = [
+    jax.lax.slice(
+      x,
+      (0, i, j, 0),
+      (
+        num,
+        i + (height - 1) * stride + 1,
+        j + (width - 1) * stride + 1,
+        x.shape[-1],
+      ),
+      (1, stride, stride, 1),
+    )
+    for i in range(size[0])
+    for j in range(size[1])
+  ]
+  products = [
+    jax.lax.dot_general(
+      _as_matrix(tap),
+      _as_matrix(dy),
+      (((0,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    for tap in taps
+  ]
+  return jnp.stack(products).reshape(*size, x.shape[-1], dy.shape[-1])
+
+
+def _as_matrix(x: jax.Array) -> jax.Array:
+  """[N, H, W, C] -> [N H W, C].
+
+  Products are written with two dimensions: for more XLA would transpose an
+  operand first, in a slow loop of its own.
+  """
+  return x.reshape(-1, x.shape[-1])
+
+
+def _pads(
+  shape: tuple[Any, ...], kernel: tuple[int, ...], stride: int, padding: str
+) -> list[tuple[int, int]]:
+  """Rows and columns of zeros before and after."""
+  if padding == "symmetric":
+    return [(size // 2, size // 2) for size in kernel[:2]]
+  return jax.lax.padtype_to_pads(
+    shape[1:3], kernel[:2], (stride, stride), "SAME"
+  )

@@ -1,0 +1,95 @@
+"""Convolution: every form computes what XLA's own does, gradients too."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from nfnets import convolution
+from nfnets.errors import InputError
+
+
+def _normal(seed, *shape):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+
+
+# Height and width reach over both thresholds of `products`, 400 and 1024
+# pixels.
+@hypothesis.given(
+  height=strategies.integers(5, 34),
+  width=strategies.integers(5, 34),
+  stride=strategies.sampled_from((1, 2)),
+  padding=strategies.sampled_from(("same", "symmetric")),
+  kernel=strategies.sampled_from((1, 3, 5)),
+  groups=strategies.sampled_from((1, 2, 3)),
+  form=strategies.sampled_from(sorted(convolution.FORMS)),
+)
+@hypothesis.example(34, 33, 1, "same", 3, 2, "products")
+@hypothesis.example(24, 23, 1, "same", 3, 1, "products")
+@hypothesis.example(8, 9, 2, "symmetric", 3, 3, "products")
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+def test_forms_are_equal(height, width, stride, padding, kernel, groups, form):
+  x = _normal(0, 2, height, width, 6)
+  w = _normal(1, kernel, kernel, 6 // groups, 12)
+  options = {"stride": stride, "groups": groups, "padding": padding}
+  shape = (2, -(-height // stride), -(-width // stride), 12)
+  seen = _normal(2, *shape)
+
+  def value_and_gradients(form):
+    convolve = functools.partial(convolution.conv2d, form=form, **options)
+    out, back = jax.vjp(convolve, x, w)
+    return out, *back(seen)
+
+  ours = jax.jit(lambda: value_and_gradients(form))()
+  assert ours[0].shape == shape
+  for a, b in zip(
+    ours, jax.jit(lambda: value_and_gradients("xla"))(), strict=True
+  ):
+    # Sums of up to 2,000 products, in another order.
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
+
+
+@pytest.mark.parametrize("form", sorted(convolution.FORMS))
+@pytest.mark.parametrize("size", [8, 20, 32])
+def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
+  x = _normal(0, 2, size, size, 8).astype(jnp.bfloat16)
+  w = (0.1 * _normal(1, 3, 3, 4, 8)).astype(jnp.bfloat16)
+  seen = _normal(2, 2, size, size, 8).astype(jnp.bfloat16)
+
+  def value_and_gradients(x, w, seen, form):
+    convolve = functools.partial(convolution.conv2d, groups=2, form=form)
+    out, back = jax.vjp(convolve, x, w)
+    return out, *back(seen)
+
+  run = jax.jit(value_and_gradients, static_argnums=3)
+  ours = run(x, w, seen, form)
+  exact = run(*(v.astype(jnp.float32) for v in (x, w, seen)), "xla")
+  for a, b in zip(ours, exact, strict=True):
+    assert a.dtype == jnp.bfloat16
+    # A result has 8 bits; sums are of float32, or rounded now and then.
+    np.testing.assert_allclose(
+      a.astype(jnp.float32), b, rtol=2**-6, atol=2**-6 * abs(b).max()
+    )
+
+
+def test_a_portable_program_has_the_form_of_each_platform():
+  x, w = _normal(0, 2, 8, 8, 8), _normal(1, 3, 3, 2, 12)
+  convolve = jax.jit(
+    lambda x, w: convolution.conv2d(x, w, groups=4, form="portable")
+  )
+  grouped = "feature_group_count = 4"
+  for platform, is_grouped in (("cpu", False), ("cuda", True), ("tpu", True)):
+    exported = jax.export.export(convolve, platforms=[platform])(x, w)
+    assert (grouped in exported.mlir_module()) == is_grouped, platform
+
+
+def test_an_unknown_form_is_told_the_known_ones():
+  with pytest.raises(InputError, match=r"form of convolution.*winograd.*xla"):
+    convolution.conv2d(
+      jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 1, 2, 2)), form="winograd"
+    )
