@@ -1,0 +1,295 @@
+"""Speed of our networks beside timm's, on the device at hand.
+
+Started by benchmark.sh. Each contestant runs in a process of its own that is
+built, compiled and warm before the first round; then they are timed in turn,
+A B C A B C, while the others wait, so that what changes on the machine changes
+for all. Ratios are taken round by round against timm's fastest setting.
+"""
+
+import argparse
+import contextlib
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import benchmark_options as options
+import benchmark_report as report
+from benchmark_machine import Load, describe_machine
+from benchmark_process import FailedError, Worker
+from benchmark_worker import Job
+
+SCRIPTS = Path(__file__).resolve().parent
+
+MOST_COMPILATIONS = 3  # Of each program, in fresh processes.
+QUIET = 0.05  # Share of the processors that others may use.
+
+
+def main() -> None:
+  """Measures what was asked for and writes the report."""
+  args = options.parse(sys.argv[1:])
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  try:
+    Benchmark(args).run()
+  except FailedError as error:
+    sys.exit(str(error))
+  except KeyboardInterrupt:
+    say(f"stopped; what was finished is in {args.out}")
+    sys.exit(130)
+
+
+def say(text: str) -> None:
+  """A line of progress."""
+  print(text, file=sys.stderr, flush=True)
+
+
+class Entry(NamedTuple):
+  """A contestant that is ready."""
+
+  worker: Worker
+  row: dict  # What was measured of it.
+  calls: int  # In each round.
+
+
+class Benchmark:
+  """One run: what takes part, and the rows that were measured."""
+
+  def __init__(self, args: argparse.Namespace):
+    from nfnets import models
+    from nfnets.errors import InputError
+
+    self.args = args
+    columns = {"depth": tuple(args.depth)} if args.depth else {}
+    try:
+      self.models = [models.make(name, **columns) for name in args.model]
+    except InputError as error:
+      raise FailedError(str(error)) from None
+    self.commands = {
+      "ours": [sys.executable, str(SCRIPTS / "benchmark_jax.py")]
+    }
+    ours = Worker.describe(self.commands["ours"])
+    self.device = {"cpu": "cpu", "tpu": "tpu"}.get(ours["backend"], "gpu")
+    self.machine = describe_machine() | ours
+    self._find_timm()
+    args.batch = args.batch or options.BATCH[self.device]
+    args.precision = args.precision or (
+      "float32" if self.device == "cpu" else "bfloat16"
+    )
+    self.rows: list[dict] = []
+    self.tables: dict[str, str] = {}  # Of other scripts.
+
+  def _find_timm(self) -> None:
+    """Finds a Python with timm for this device, or says why there is none."""
+    if "timm" in self.args.skip:
+      return
+    script = str(SCRIPTS / "benchmark_timm.py")
+    commands = [[sys.executable, script]]
+    if not self.args.as_found:
+      commands.insert(0, [str(SCRIPTS / "timm.sh"), script])
+    for command in commands:
+      try:
+        found = Worker.describe(command)
+        break
+      except FailedError as error:
+        reason = str(error)
+    else:
+      say(f"timm is left out: {reason}")
+      return
+    if self.device == "tpu" or (self.device == "gpu" and not found["has_cuda"]):
+      say(f"timm is left out: PyTorch here has no {self.device.upper()}")
+      return
+    self.commands["timm"] = command
+    self.machine["versions"] |= found["versions"]
+    self.machine["torch_threads"] = found["num_threads"]
+
+  def contestants(self, task: str) -> list[str]:
+    """Who takes part in a task, of those that can."""
+    args = self.args
+    names = options.contestants(
+      task,
+      device=self.device,
+      also=args.also,
+      timm_compile=args.timm_compile,
+      skip=args.skip,
+    )
+    has_timm = "timm" in self.commands
+    return [name for name in names if has_timm or not name.startswith("timm")]
+
+  def run(self) -> None:
+    """Measures and writes everything; the report grows with every group."""
+    start = time.perf_counter()
+    versions = ", ".join(
+      f"{k} {v}" for k, v in self.machine["versions"].items()
+    )
+    say(f"{self.machine['text']}; {self.machine['device']}; {versions}")
+    frameworks = {"ours": "ours", "timm": "timm_nchw"}
+    self.measure(
+      "peak", "matmul", None, [frameworks[name] for name in self.commands]
+    )
+    for model, what in itertools.product(self.models, self.args.what):
+      for task in options.WHAT[what]:
+        measure = self.compile if what == "compile" else self.measure
+        measure(what, task, model, self.contestants(task))
+        self.save()
+    if "input" in self.args.what:
+      self.input()
+    data = self.save()
+    if (load := report.load_of_others(data)) and load[0] > QUIET:
+      say(
+        f"other processes used {load[0]:.0%} of the processors: measure again "
+        "when the machine is quiet"
+      )
+    print(report.to_markdown(data))
+    minutes = (time.perf_counter() - start) / 60
+    say(f"{minutes:.1f} minutes; the report is in {self.args.out}")
+
+  def save(self) -> dict:
+    """Writes the report of what there is."""
+    settings = {k: v for k, v in vars(self.args).items() if k != "out"}
+    data = {
+      "settings": settings,
+      "machine": self.machine,
+      "rows": self.rows,
+      "tables": self.tables,
+    }
+    return report.save(data, self.args.out)
+
+  def _job(self, task: str, contestant: str, model) -> Job:
+    size = self.args.size or (model.variant.train_size if model else 0)
+    return Job(
+      task, contestant, model.name if model else "", self.args.batch, size,
+      self.args.precision, self.device, self.args.depth,
+    )  # fmt: skip
+
+  def _row(self, what: str, job: Job, model) -> dict:
+    row = {"what": what} | job._asdict() | {"seconds": []}
+    if model:
+      row["macs"] = model.count_macs(job.size)
+    self.rows.append(row)
+    return row
+
+  def _start(self, job: Job, **variables: str) -> Worker:
+    kind = "timm" if job.contestant.startswith("timm") else "ours"
+    return Worker(self.commands[kind], job, **variables)
+
+  def measure(self, what: str, task: str, model, contestants: list[str]):
+    """Times the contestants in turn; on a TPU, which one process owns, each."""
+    groups = [contestants]
+    if self.device == "tpu":
+      groups = [[name] for name in contestants]
+    for group in groups:
+      with contextlib.ExitStack() as stack:
+        entries = [
+          entry
+          for name in group
+          if (entry := self._make_ready(what, task, model, name, stack))
+        ]
+        for i in range(self.args.rounds):
+          for entry in entries:
+            if "error" not in entry.row:
+              self._time(entry, i)
+        for entry in entries:
+          if "error" not in entry.row:
+            self._finish(entry)
+
+  def _make_ready(
+    self, what: str, task: str, model, name: str, stack: contextlib.ExitStack
+  ) -> Entry | None:
+    """Starts a contestant and has it compile and run until it is warm."""
+    job = self._job(task, name, model)
+    row = self._row(what, job, model)
+    worker = stack.enter_context(contextlib.closing(self._start(job)))
+    try:
+      row |= worker.ask("prepare")
+      seconds = worker.ask("warm_up")["seconds"]
+    except FailedError as error:
+      self._fail(row, error)
+      return None
+    compiled = row.get("compile_seconds")
+    compiled = f"compiled in {compiled:.1f} s, " if compiled else ""
+    say(f"{_name(row)} ready: {compiled}{report.seconds(seconds)} a call")
+    calls = max(1, round(self.args.seconds / max(seconds, 1e-9)))
+    return Entry(worker, row, calls)
+
+  def _time(self, entry: Entry, index: int) -> None:
+    """One round of one contestant."""
+    row, load = entry.row, Load(entry.worker.pid)
+    try:
+      figures = entry.worker.ask("round", calls=entry.calls)
+    except FailedError as error:
+      self._fail(row, error)
+      return
+    figures["others_load"] = load.of_others()
+    for key, value in figures.items():
+      row.setdefault(key, []).append(value)
+    say(
+      f"{_name(row)} round {index + 1}/{self.args.rounds}: "
+      f"{report.seconds(figures['seconds'])}"
+    )
+
+  def _finish(self, entry: Entry) -> None:
+    """What is asked once, after the rounds."""
+    row, worker = entry.row, entry.worker
+    is_ours = (row["task"], row["contestant"]) == ("step", "ours")
+    try:
+      row |= worker.ask("memory")
+      if self.args.profile and is_ours:
+        row |= worker.ask("profile")
+    except FailedError as error:
+      say(f"{_name(row)} {error}")
+
+  def compile(self, what: str, task: str, model, contestants: list[str]):
+    """Times compilations, each in a fresh process without any cache."""
+    rows = {}
+    for name in contestants:
+      is_eager = name.startswith("timm") and name not in options.COMPILED
+      if not is_eager and name != "folded":
+        rows[name] = self._row(what, self._job(task, name, model), model)
+    rounds = min(self.args.rounds, MOST_COMPILATIONS)
+    for i, (name, row) in itertools.product(range(rounds), rows.items()):
+      if "error" in row:
+        continue
+      worker = self._start(
+        self._job(task, name, model), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1"
+      )
+      try:
+        facts = worker.ask("prepare")
+      except FailedError as error:
+        self._fail(row, error)
+        continue
+      finally:
+        worker.close()
+      for key, value in facts.items():
+        row.setdefault(key, []).append(value)
+      row["seconds"].append(sum(facts.values()))
+      say(
+        f"{_name(row)} compilation {i + 1}/{rounds}: {row['seconds'][-1]:.1f} s"
+      )
+
+  def _fail(self, row: dict, error: FailedError) -> None:
+    row["error"] = str(error)
+    say(f"{_name(row)} failed: {error}")
+
+  def input(self) -> None:
+    """The pipelines that feed the device, by the script that compares them."""
+    command = [SCRIPTS / "benchmark_input.sh", f"--rounds={self.args.rounds}"]
+    result = subprocess.run(
+      command, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if result.returncode:
+      say(f"input failed: benchmark_input.sh ended with {result.returncode}")
+    else:
+      self.tables["input"] = result.stdout.strip()
+
+
+def _name(row: dict) -> str:
+  """A row in the lines of progress."""
+  model = f"{row['model']} " if row["model"] else ""
+  return f"{model}{row['task']:8} {report.TEXTS[row['contestant']]:24}"
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,142 @@
+"""The benchmark's command line: what can be measured, and who takes part."""
+
+import argparse
+import os
+from pathlib import Path
+
+DESCRIPTION = "Speed of our networks beside timm's, on the device at hand."
+
+# What is measured, in tasks of the workers.
+WHAT = {
+  "train": ("gradient", "step"),
+  "infer": ("forward",),
+  "compile": ("forward", "gradient"),
+  "optimizer": ("update",),
+  "input": (),
+}
+
+NETWORK = {"forward", "gradient", "step"}
+
+# Who takes part in which tasks.
+CONTESTANTS = {
+  "ours": NETWORK | {"update"},
+  "folded": {"forward"},
+  "xla": NETWORK,
+  "scanned": {"gradient", "step"},
+  "remat_blocks": {"gradient", "step"},
+  "remat_stages": {"gradient", "step"},
+  "timm_nchw": NETWORK | {"update"},
+  "timm_channels_last": NETWORK,
+  "timm_nchw_compiled": NETWORK,
+  "timm_channels_last_compiled": NETWORK,
+}
+# Only where they are asked for; timm_channels_last_compiled always on a GPU.
+OPTIONAL = ("scanned", "remat_blocks", "remat_stages")
+COMPILED = ("timm_nchw_compiled", "timm_channels_last_compiled")
+
+BATCH = {"cpu": 4, "gpu": 128, "tpu": 32}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog="benchmark.sh",
+    description=DESCRIPTION,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  words = lambda text: text.split(",")
+  add = parser.add_argument
+  add(
+    "--what", type=words, default=["train", "infer", "compile"],
+    help=f"of {', '.join(WHAT)} (default: train,infer,compile)",
+  )  # fmt: skip
+  add(
+    "--model", type=words, default=["nfnet_f0"],
+    help="one or several, such as nfnet_f0,nfnet_f1 (default: nfnet_f0)",
+  )  # fmt: skip
+  add(
+    "--depth", type=lambda text: [int(x) for x in text.split(",")],
+    help="blocks per stage, for a smaller network (default: the model's)",
+  )  # fmt: skip
+  add(
+    "--batch", type=int,
+    help="images per call (default: "
+    + ", ".join(f"{n} on {name.upper()}" for name, n in BATCH.items()) + ")",
+  )  # fmt: skip
+  add(
+    "--size", type=int,
+    help="pixels (default: the model's training size, for inference too)",
+  )  # fmt: skip
+  add(
+    "--precision", choices=("float32", "bfloat16"),
+    help="of activations (default: float32 on CPU, else bfloat16)",
+  )  # fmt: skip
+  add("--rounds", type=int, default=5, help="of all contestants (default: 5)")
+  add(
+    "--seconds", type=float, default=2,
+    help="at least so long (or one call) in each round (default: 2)",
+  )  # fmt: skip
+  add(
+    "--skip", type=words, default=[],
+    help=f"contestants to leave out: timm or any of {', '.join(CONTESTANTS)}",
+  )  # fmt: skip
+  add(
+    "--also",
+    type=words,
+    default=[],
+    help=f"more contestants, in training: any of {', '.join(OPTIONAL)}",
+  )
+  add(
+    "--timm_compile", action="store_true",
+    help="also timm through torch.compile (on a GPU: always, channels_last)",
+  )  # fmt: skip
+  add(
+    "--profile", action="store_true",
+    help="also the ten costliest kernels of our train step",
+  )  # fmt: skip
+  add(
+    "--as_found", action="store_true",
+    help="build no environments: run with the packages that are there",
+  )  # fmt: skip
+  add(
+    "--out", type=Path, default=Path(os.environ.get("NFNETS_RUNS") or "runs")
+    / "benchmark", help="folder of the report (default: runs/benchmark)",
+  )  # fmt: skip
+  args = parser.parse_args(arguments)
+  for option, given, known in (
+    ("what", args.what, WHAT),
+    ("skip", args.skip, ["timm", *CONTESTANTS]),
+    ("also", args.also, OPTIONAL),
+  ):
+    if wrong := [name for name in given if name not in known]:
+      parser.error(f"--{option}={wrong[0]}: use some of {', '.join(known)}")
+  for option in ("batch", "size", "rounds", "seconds"):
+    given = getattr(args, option)
+    if given is not None and not given > 0:
+      parser.error(f"--{option}={given} is not positive")
+  if args.profile and "train" not in args.what:
+    parser.error("--profile is of a train step: add train to --what")
+  return args
+
+
+def contestants(
+  task: str,
+  *,
+  device: str,
+  also: list[str],
+  timm_compile: bool,
+  skip: list[str],
+) -> list[str]:
+  """Who takes part in a task."""
+  wanted = {*CONTESTANTS} - {*OPTIONAL, *COMPILED} | {*also}
+  if timm_compile:
+    wanted |= {*COMPILED}
+  elif device == "gpu":
+    wanted.add("timm_channels_last_compiled")
+  if "timm" in skip:
+    wanted = {name for name in wanted if not name.startswith("timm")}
+  return [
+    name
+    for name, tasks in CONTESTANTS.items()
+    if task in tasks and name in wanted - {*skip}
+  ]

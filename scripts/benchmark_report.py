@@ -1,0 +1,361 @@
+"""The report of a benchmark: figures worked out, tables, picture.
+
+Rows come from benchmark.py as they were timed; `summarize` adds what follows
+from several of them: ratios, shares of the device's peak.
+"""
+
+import json
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+TEXTS = {
+  "ours": "ours",
+  "folded": "ours, folded",
+  "xla": "plain XLA",
+  "scanned": "ours, scanned",
+  "remat_blocks": "ours, blocks recomputed",
+  "remat_stages": "ours, stages recomputed",
+  "timm_nchw": "timm, NCHW",
+  "timm_channels_last": "timm, channels_last",
+  "timm_nchw_compiled": "timm, NCHW, compiled",
+  "timm_channels_last_compiled": "timm, channels_last, compiled",
+}
+TITLES = {"train": "Training", "infer": "Inference", "optimizer": "Optimiser"}
+TASKS = {
+  "gradient": "gradient",
+  "step": "whole step",
+  "forward": "forward",
+  "update": "update",
+}
+_COLORS = {"ours": "#2a5a8c", "xla": "#9aa3ab"}
+_VARIANT_COLOR = "#6f9fce"  # Of ours.
+_TIMM_COLOR = "#e08a3c"
+
+# Multiply-accumulates of a task, in those of a forward pass.
+_PASSES = {"forward": 1, "gradient": 3, "step": 3}
+
+
+def save(data: dict, folder: Path) -> dict:
+  """Writes benchmark.json, .md and .png; returns the data with summaries."""
+  data = summarize(data)
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(data, indent=2)
+  (folder / "benchmark.json").write_text(text + "\n")
+  (folder / "benchmark.md").write_text(to_markdown(data))
+  figure = folder / "benchmark.png"
+  figure.unlink(missing_ok=True)
+  if any("images_per_second" in row for row in data["rows"]):
+    save_figure(data, figure)
+  return data
+
+
+def summarize(data: dict) -> dict:
+  """Adds medians, rates, ratios and shares of the peak to the rows."""
+  rows = [dict(row) for row in data["rows"]]
+  peaks = {}
+  for row in rows:
+    if row["task"] == "matmul" and row["seconds"]:
+      framework = "PyTorch" if row["contestant"].startswith("timm") else "JAX"
+      peaks[framework] = row["flops"] / min(row["seconds"])
+  for _, group in groupby(rows, _group):
+    group = [row for row in group if row["seconds"]]
+    baseline = _baseline(group)
+    for row in group:
+      row["median_seconds"] = statistics.median(row["seconds"])
+      if baseline is not None and row["task"] != "matmul":
+        row["baseline"] = baseline["contestant"]
+        row["ratio"] = _ratios(baseline["seconds"], row["seconds"])
+      if "pass_seconds" in row:
+        row["passes"] = _ratios(row["seconds"], row["pass_seconds"])
+      if row["what"] in ("train", "infer"):
+        row["images_per_second"] = _spread(
+          [row["batch"] / seconds for seconds in row["seconds"]]
+        )
+        if peaks:
+          flops = 2 * row["macs"] * _PASSES[row["task"]] * row["batch"]
+          row["mfu"] = flops / row["median_seconds"] / max(peaks.values())
+  return data | {"rows": rows, "peak_flops_per_second": peaks}
+
+
+def _group(row: dict) -> tuple:
+  return row["what"], row["model"], row["task"]
+
+
+def _baseline(group: list[dict]) -> dict | None:
+  """timm's fastest setting; without timm, plain XLA."""
+  theirs = [row for row in group if row["contestant"].startswith("timm")]
+  theirs = theirs or [row for row in group if row["contestant"] == "xla"]
+  fastest = lambda row: statistics.median(row["seconds"])
+  return min(theirs, key=fastest, default=None)
+
+
+def _spread(values: list[float]) -> dict:
+  return {
+    "median": statistics.median(values),
+    "min": min(values),
+    "max": max(values),
+    "rounds": values,
+  }
+
+
+def _ratios(above: list[float], below: list[float]) -> dict:
+  """Round by round, as far as both came."""
+  return _spread([a / b for a, b in zip(above, below, strict=False)])
+
+
+def to_markdown(data: dict) -> str:
+  """The report in words and tables."""
+  rows = [row for row in data["rows"] if row["task"] != "matmul"]
+  parts = ["# Benchmark", _conditions(data)]
+  for (what, model), group in groupby(rows, lambda r: (r["what"], r["model"])):
+    group = list(group)
+    row = group[0]
+    depth = f" with depth {tuple(row['depth'])}" if row["depth"] else ""
+    if what == "compile":
+      parts += [f"## Compilation: {model}{depth}", _compile_table(group)]
+    else:
+      parts.append(
+        f"## {TITLES[what]}: {model}{depth}"
+        + f", {row['batch']} images of {row['size']} px, {row['precision']}"
+        * (what != "optimizer")
+      )
+      table = _update_table if what == "optimizer" else _speed_table
+      parts.append(table(group))
+    parts += [
+      f"{TEXTS[row['contestant']]}, {row['task']}: not measured, {row['error']}"
+      for row in group
+      if "error" in row
+    ]
+    for row in group:
+      if "kernels" in row:
+        parts += ["### Costliest kernels of our step", _kernel_table(row)]
+  if "input" in data["tables"]:
+    parts += ["## Input pipelines", data["tables"]["input"]]
+  return "\n\n".join(parts) + "\n"
+
+
+def _conditions(data: dict) -> str:
+  """Machine, versions, peak and how it was measured, a line each."""
+  machine = data["machine"]
+  versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+  lines = [f"* {machine['text']}"]
+  if machine["backend"] != "cpu":
+    lines.append(f"* {machine['device']}")
+  lines.append(f"* Python {machine['python']}, {versions}")
+  if peaks := data["peak_flops_per_second"]:
+    rates = ", ".join(f"{k} {flops(v)}" for k, v in peaks.items())
+    lines.append(
+      f"* Peak, of a large matrix product in {data['settings']['precision']}: "
+      f"{rates}; MFU is the share of the larger"
+    )
+  lines.append(
+    f"* {data['settings']['rounds']} rounds, contestants in turn; medians, and "
+    "from the lowest to the highest round"
+  )
+  if load := load_of_others(data):
+    lines.append(
+      f"* Other processes used {load[0]:.0%} of the processors (median of "
+      f"rounds; at most {load[1]:.0%})"
+    )
+  return "\n".join(lines)
+
+
+def load_of_others(data: dict) -> tuple[float, float] | None:
+  """Median and largest share of the processors that others used in a round."""
+  loads = [x for row in data["rows"] for x in row.get("others_load", [])]
+  loads = [load for load in loads if load is not None]
+  return (statistics.median(loads), max(loads)) if loads else None
+
+
+def _speed_table(group: list[dict]) -> str:
+  ratio = _ratio_title(group)
+  head = ["", "", "per call", "range", "images/s", ratio, "range", "MFU"]
+  lines = [[*head, "memory", "compiled in"]]
+  for row in filter(lambda row: row["seconds"], group):
+    rate = row["images_per_second"]["median"]
+    lines.append([
+      TASKS[row["task"]],
+      TEXTS[row["contestant"]],
+      seconds(row["median_seconds"]),
+      _range(row["seconds"]),
+      f"{rate:.3g}" if rate < 100 else f"{rate:.0f}",
+      *_ratio(row),
+      f"{row['mfu']:.1%}" if "mfu" in row else "",
+      f"{row['bytes'] / 2**30:.2f} GiB" if "bytes" in row else "",
+      _compile_time(row),
+    ])  # fmt: skip
+  return _table(lines)
+
+
+def _update_table(group: list[dict]) -> str:
+  ratio = _ratio_title(group)
+  lines = [["", "per call", "range", ratio, "range", "x one pass", "range"]]
+  for row in filter(lambda row: row["seconds"], group):
+    passes = row.get("passes")
+    lines.append([
+      TEXTS[row["contestant"]],
+      seconds(row["median_seconds"]),
+      _range(row["seconds"]),
+      *_ratio(row),
+      f"{passes['median']:.2f}" if passes else "",
+      f"{passes['min']:.2f} to {passes['max']:.2f}" if passes else "",
+    ])  # fmt: skip
+  text = (
+    "One pass reads 14 and writes 14 bytes for each parameter in one "
+    "operation: as much as an update must move at least."
+  )
+  return f"{_table(lines)}\n\n{text}"
+
+
+def _compile_table(group: list[dict]) -> str:
+  lines = [["", "", "traced in", "compiled in", "together", "range"]]
+  for row in filter(lambda row: row["seconds"], group):
+    halves = [
+      seconds(statistics.median(row[key])) if key in row else ""
+      for key in ("trace_seconds", "compile_seconds")
+    ]
+    lines.append([
+      TASKS[row["task"]],
+      TEXTS[row["contestant"]],
+      *halves,
+      seconds(row["median_seconds"]),
+      _range(row["seconds"]),
+    ])  # fmt: skip
+  return _table(lines)
+
+
+def _kernel_table(row: dict) -> str:
+  lines = [["kernel", "per step", "share", "computes"]]
+  for kernel in row["kernels"]:
+    lines.append([
+      f"`{kernel['kernel'][:40]}`",
+      seconds(kernel["seconds"]),
+      f"{kernel['share']:.1%}",
+      f"`{kernel['source'][-80:]}`" if kernel["source"] else "",
+    ])  # fmt: skip
+  return _table(lines)
+
+
+def _ratio_title(group: list[dict]) -> str:
+  names = {row["baseline"] for row in group if "baseline" in row}
+  return "x plain XLA" if names == {"xla"} else "x timm's best"
+
+
+def _ratio(row: dict) -> list[str]:
+  if "ratio" not in row:
+    return ["", ""]
+  ratio = row["ratio"]
+  text = f"{ratio['median']:.2f}"
+  if row["baseline"] == row["contestant"]:
+    return [text, ""]
+  return [text, f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
+
+
+def _compile_time(row: dict) -> str:
+  parts = [row.get("trace_seconds", 0), row.get("compile_seconds", 0)]
+  return seconds(sum(parts)) if any(parts) else ""
+
+
+def _range(values: list[float]) -> str:
+  low, high = seconds(min(values)), seconds(max(values))
+  if low.split()[1] == high.split()[1]:
+    low = low.split()[0]
+  return f"{low} to {high}"
+
+
+def seconds(value: float) -> str:
+  """A duration with three digits."""
+  units = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
+  unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
+  value /= unit
+  return f"{value:.0f} {name}" if value >= 100 else f"{value:.3g} {name}"
+
+
+def flops(value: float) -> str:
+  """Operations per second with three digits."""
+  units = ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"))
+  unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
+  return f"{value / unit:.3g} {name}"
+
+
+def _table(lines: list[list[str]]) -> str:
+  """Markdown whose columns also stand below each other; none is empty."""
+  columns = zip(*lines, strict=True)
+  lines = list(zip(*(c for c in columns if any(c[1:])), strict=True))
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  rule = ["-" * max(3, width) for width in widths]
+  padded = [
+    [
+      cell.ljust(max(3, width))
+      for cell, width in zip(line, widths, strict=True)
+    ]
+    for line in (lines[0], rule, *lines[1:])
+  ]
+  return "\n".join(f"| {' | '.join(line)} |".rstrip() for line in padded)
+
+
+def save_figure(data: dict, path: Path) -> None:
+  """Images per second of every contestant, with the range of the rounds."""
+  from matplotlib.figure import Figure
+
+  rows = [row for row in data["rows"] if "images_per_second" in row]
+  panels = [list(group) for _, group in groupby(rows, _group)]
+  figure = Figure(
+    figsize=(8, 0.9 + sum(0.75 + 0.34 * len(panel) for panel in panels)),
+    layout="constrained",
+  )
+  axes = figure.subplots(
+    len(panels), squeeze=False, height_ratios=[len(p) + 0.8 for p in panels]
+  )[:, 0]
+  for axis, panel in zip(axes, panels, strict=True):
+    _draw(axis, panel)
+  axes[-1].set_xlabel("images per second (bars: medians; lines: all rounds)")
+  machine = data["machine"]
+  device = machine["text"].rpartition(", ")[0]
+  if machine["backend"] != "cpu":
+    device = machine["device"]
+  figure.suptitle(device, x=0.01, ha="left", fontsize=10, color="#444444")
+  figure.savefig(path, dpi=150)
+
+
+def _color(contestant: str) -> str:
+  if contestant.startswith("timm"):
+    return _TIMM_COLOR
+  return _COLORS.get(contestant, _VARIANT_COLOR)
+
+
+def _draw(axis, panel: list[dict]) -> None:
+  first = panel[0]
+  places = range(len(panel))
+  rates = [row["images_per_second"] for row in panel]
+  medians = [rate["median"] for rate in rates]
+  below = [rate["median"] - rate["min"] for rate in rates]
+  above = [rate["max"] - rate["median"] for rate in rates]
+  colors = [_color(row["contestant"]) for row in panel]
+  axis.barh(places, medians, height=0.7, color=colors)
+  axis.errorbar(
+    medians, places, xerr=(below, above), fmt="none", color="#222222", lw=1.1,
+    capsize=2.5,
+  )  # fmt: skip
+  longest = max(rate["max"] for rate in rates)
+  for place, row, rate in zip(places, panel, rates, strict=True):
+    text = f"{rate['median']:.3g}"
+    if "ratio" in row and row["baseline"] != row["contestant"]:
+      text += f"   {row['ratio']['median']:.2f} x"
+    axis.text(
+      rate["max"] + 0.015 * longest, place, text, va="center", fontsize=9
+    )
+  axis.set_yticks(places, [TEXTS[row["contestant"]] for row in panel])
+  axis.invert_yaxis()
+  axis.set_xlim(0, 1.2 * longest)
+  axis.set_title(
+    f"{first['model']}, {TASKS[first['task']]}: {first['batch']} images of "
+    f"{first['size']} px, {first['precision']}",
+    loc="left",
+    fontsize=10,
+  )
+  axis.grid(axis="x", alpha=0.25)
+  axis.set_axisbelow(True)
+  axis.tick_params(axis="y", length=0)
+  axis.spines[["top", "right", "left"]].set_visible(False)
