@@ -1,0 +1,272 @@
+"""The benchmark runs, what it says is consistent, and it ends when it should.
+
+Nothing here depends on how fast anything is.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
+
+# Compiled in a hurry: the figures do not matter.
+FLAGS = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+SMALL = ("--depth=1,1,1,1", "--batch=2", "--size=32", "--seconds=0.05")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+  """Lets a test import the benchmark's modules."""
+  monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def _run(command, environment, out, *options):
+  """Runs it; what it printed and the data that it wrote."""
+  result = subprocess.run(
+    [*command, *SMALL, *options, f"--out={out}"],
+    env=environment | {"XLA_FLAGS": FLAGS},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  data = json.loads((out / "benchmark.json").read_text())
+  assert result.stdout.strip() == (out / "benchmark.md").read_text().strip()
+  assert (out / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+  return result, data
+
+
+def _check(row, rounds):
+  """What holds for every row that was measured."""
+  assert "error" not in row, row["error"]
+  assert len(row["seconds"]) == rounds
+  assert all(seconds > 0 for seconds in row["seconds"])
+  if row["task"] != "matmul":
+    median = statistics.median(row["seconds"])
+    assert row["median_seconds"] == pytest.approx(median)
+  if row["what"] in ("train", "infer"):
+    rate = row["images_per_second"]
+    assert rate["min"] <= rate["median"] <= rate["max"]
+    assert rate["max"] == pytest.approx(row["batch"] / min(row["seconds"]))
+    assert 0 < row["mfu"] < 1.5
+    assert row["bytes"] > 1e6
+
+
+def _run_ours(environment, out, *options):
+  """Runs it on a small network without timm; the output, and rows by name."""
+  command = [sys.executable, SCRIPTS / "benchmark.py", "--model=nfnet_tiny"]
+  options = ("--skip=timm,xla", "--rounds=2", *options)
+  result, data = _run(command, environment, out, *options)
+  assert data["peak_flops_per_second"]["JAX"] > 1e8
+  rows = {(row["task"], row["contestant"]): row for row in data["rows"]}
+  for row in rows.values():
+    _check(row, rounds=2)
+    assert row["compile_seconds"] > 0
+  return result, rows
+
+
+def test_training(environment, tmp_path):
+  result, rows = _run_ours(environment, tmp_path, "--what=train", "--profile")
+  assert {name for name, _ in rows} == {"matmul", "gradient", "step"}
+  assert {name for _, name in rows} == {"ours"}
+  kernels = rows["step", "ours"]["kernels"]
+  assert len(kernels) == 10
+  assert 0 < sum(kernel["share"] for kernel in kernels) <= 1
+  assert any("NFNet" in kernel["source"] for kernel in kernels)
+  assert "nfnet_tiny step     ours" in result.stderr
+
+
+def test_inference(environment, tmp_path):
+  _, rows = _run_ours(environment, tmp_path, "--what=infer")
+  assert set(rows) == {
+    ("matmul", "ours"),
+    ("forward", "ours"),
+    ("forward", "folded"),
+  }
+
+
+@pytest.mark.timm
+def test_beside_timm(environment, tmp_path):
+  """Everything but input pipelines; ratios are taken round by round."""
+  _, data = _run(
+    [SCRIPTS / "benchmark.sh"],
+    environment,
+    tmp_path,
+    *("--model=nfnet_f0,nfnet_tiny", "--rounds=2", "--also=scanned"),
+    "--what=train,infer,compile,optimizer",
+  )
+  assert set(data["peak_flops_per_second"]) == {"JAX", "PyTorch"}
+  assert {"torch", "timm", "jax"} <= set(data["machine"]["versions"])
+  rows = [row for row in data["rows"] if row["model"] == "nfnet_f0"]
+  count = {}
+  for row in rows:
+    _check(row, rounds=2)
+    count[row["what"]] = count.get(row["what"], 0) + 1
+    if row["what"] == "compile":
+      assert all(seconds > 0 for seconds in row["compile_seconds"])
+      continue
+    group = [x for x in rows if (x["what"], x["task"]) == _group(row)]
+    theirs = [x for x in group if x["contestant"].startswith("timm")]
+    best = min(theirs, key=lambda x: x["median_seconds"])
+    assert row["baseline"] == best["contestant"]
+    ratios = [
+      b / a for a, b in zip(row["seconds"], best["seconds"], strict=True)
+    ]
+    assert row["ratio"]["rounds"] == pytest.approx(ratios)
+    assert row["ratio"]["median"] == pytest.approx(statistics.median(ratios))
+  assert count == {"train": 10, "infer": 5, "compile": 5, "optimizer": 2}
+  # There is no such network in timm: one line each, and the others go on.
+  tiny = [row for row in data["rows"] if row["model"] == "nfnet_tiny"]
+  for row in tiny:
+    if row["contestant"].startswith("timm"):
+      assert "timm has no network like nfnet_tiny" in row["error"]
+    else:
+      _check(row, rounds=2)
+      assert row.get("baseline", "xla") == "xla"
+
+
+def _group(row):
+  return row["what"], row["task"]
+
+
+def _made_up(contestant, seconds, **others):
+  row = {"what": "train", "task": "gradient", "model": "nfnet_f0"}
+  row |= {"contestant": contestant, "seconds": seconds, "batch": 4, "size": 192}
+  row |= {"precision": "float32", "depth": None, "macs": 7e9}
+  return row | others
+
+
+def test_the_report_of_made_up_rounds(scripts, tmp_path):
+  import benchmark_report
+
+  machine = {"text": "2 cores of X, 8 GiB", "backend": "cpu", "python": "3.11"}
+  rows = [
+    _made_up("ours", [3.0], what="peak", task="matmul", flops=3e11),
+    _made_up("timm_nchw", [1.0], what="peak", task="matmul", flops=2e11),
+    _made_up("ours", [1.0, 2.0, 1.0], others_load=[0.0, 0.5, 0.1]),
+    _made_up("timm_nchw", [9.0, 9.0, 9.0]),
+    _made_up("timm_channels_last", [2.0, 8.0, 3.0]),
+    _made_up("xla", [], error="RuntimeError: out of memory"),
+    _made_up(
+      "ours", [6.0], what="optimizer", task="update", pass_seconds=[4.0]
+    ),
+    _made_up(
+      "ours", [5.0], what="compile", trace_seconds=[1.0], compile_seconds=[4.0]
+    ),
+  ]
+  data = {
+    "settings": {"precision": "float32", "rounds": 3},
+    "machine": machine | {"versions": {"jax": "1"}},
+    "rows": rows,
+    "tables": {"input": "| a table |"},
+  }
+  saved = benchmark_report.save(data, tmp_path)
+  ours, nchw, channels_last = saved["rows"][2:5]
+  assert ours["baseline"] == nchw["baseline"] == "timm_channels_last"
+  assert ours["ratio"]["rounds"] == [2.0, 4.0, 3.0]
+  assert ours["ratio"]["median"] == 3.0
+  assert channels_last["ratio"]["median"] == 1.0
+  # Three passes of 2 x 7e9 for each of 4 images, in 1 s, of 2e11 per second.
+  assert ours["mfu"] == pytest.approx(0.84)
+  assert saved["rows"][6]["passes"]["median"] == 1.5
+  text = " ".join((tmp_path / "benchmark.md").read_text().split())
+  for line in (
+    "| gradient | ours | 1 s | 1 to 2 s | 4 | 3.00 | 2.00 to 4.00 | 84.0% |",
+    "plain XLA, gradient: not measured, RuntimeError: out of memory",
+    "Other processes used 10% of the processors (median of rounds; at most 50%",
+    "JAX 100 GFLOP/s, PyTorch 200 GFLOP/s",
+    "| gradient | ours | 1 s | 4 s | 5 s | 5 to 5 s |",
+    "| a table |",
+  ):
+    assert line in text
+  assert "x timm's best" in text
+  assert (tmp_path / "benchmark.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("code", "text"),
+  [
+    ("raise SystemExit('no torch here')", "no torch here"),
+    ("import os; os.kill(os.getpid(), 9)", "was killed"),
+    ('print(\'{"error": "ValueError: no"}\'); input()', "ValueError: no"),
+  ],
+)
+def test_a_worker_that_fails_says_so_in_a_line(scripts, code, text):
+  import benchmark_process
+  from benchmark_worker import Job
+
+  job = Job("step", "ours", "nfnet_tiny", 2, 32, "float32", "cpu")
+  worker = benchmark_process.Worker([sys.executable, "-c", code], job)
+  with pytest.raises(benchmark_process.FailedError, match=f"^.*{text}[^\n]*$"):
+    worker.ask("prepare")
+  worker.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_it_leaves_no_process(environment, tmp_path, how):
+  process = subprocess.Popen(
+    [
+      *(sys.executable, SCRIPTS / "benchmark.py", "--model=nfnet_tiny"),
+      *(*SMALL, "--skip=timm", f"--out={tmp_path}", "--rounds=1000"),
+    ],
+    env=environment | {"BENCHMARK_TEST": str(tmp_path)},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for line in process.stderr:
+    if "round 2/1000" in line:
+      break
+  assert len(_processes_with(str(tmp_path))) == 2
+  process.send_signal(how)
+  rest = process.stderr.read()
+  assert process.wait(timeout=60) == {signal.SIGINT: 130}.get(how, 143), rest
+  assert "Traceback" not in rest
+  deadline = time.monotonic() + 10
+  while left := _processes_with(str(tmp_path)):
+    assert time.monotonic() < deadline, left
+    time.sleep(0.1)
+
+
+def _processes_with(value):
+  """Processes whose environment has BENCHMARK_TEST=value."""
+  found = []
+  for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+      variables = (folder / "environ").read_bytes()
+    except OSError:
+      continue
+    if f"BENCHMARK_TEST={value}".encode() in variables.split(b"\0"):
+      found.append(int(folder.name))
+  assert os.getpid() not in found
+  return found
+
+
+@pytest.mark.parametrize(
+  ("option", "text"),
+  [
+    ("--what=train,speed", "--what=speed: use some of train, infer, compile"),
+    ("--skip=torch", "--skip=torch: use some of timm, ours, folded"),
+    ("--rounds=0", "--rounds=0 is not positive"),
+    ("--model=nfnet_f9", "nfnet_f9"),
+  ],
+)
+def test_wrong_options_are_named(environment, option, text):
+  result = subprocess.run(
+    [sys.executable, SCRIPTS / "benchmark.py", option],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode in (1, 2)
+  assert text in result.stderr
+  assert "Traceback" not in result.stderr
