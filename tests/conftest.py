@@ -38,6 +38,14 @@ SMALL = {
 }
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--keep_notebooks",
+    action="store_true",
+    help="write the outputs of executed notebooks into them",
+  )
+
+
 def draw_params(shapes):
   """Parameters drawn by the rule that the reference fixtures were made with."""
 
