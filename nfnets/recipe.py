@@ -216,7 +216,16 @@ def resolve(config: ConfigDict) -> Recipe:
     num_threads=d.num_threads,
   )
   num_classes = len(source.class_names)
-  model = models.make(name, num_classes, **overrides)
+  try:
+    model = models.make(
+      name,
+      num_classes,
+      remat=config.train.remat,
+      is_scanned=config.train.scan,
+      **overrides,
+    )
+  except InputError as error:
+    raise UsageError(f"config.train: {error}") from None
   _check_frozen(config, model)
 
   c = config.train

@@ -449,6 +449,7 @@ def test_help_is_quick_and_complete(nfnets):
     (["info", "nfnet_f8"], r"unknown model 'nfnet_f8': did you mean"),
     (["info", "nfnet_f0", "depth"], r"'depth': an override is written COLUMN"),
     (["info", "--depth"], r"--depth is no option of `nfnets info`"),
+    (["train", "--config.train.remat=all"], r"config.train: unknown remat"),
   ],
 )  # fmt: skip
 def test_wrong_usage(arguments, pattern, nfnets, tmp_path):
