@@ -118,8 +118,8 @@ def _warm_up(prepared: Prepared, request: dict) -> dict:
 def _round(prepared: Prepared, request: dict) -> dict:
   figures = {}
   for name in prepared.programs:
-    if prepared.rest:
-      seconds_per_call(prepared, name, 1)
+    # What the process has had to give up while others were measured.
+    seconds_per_call(prepared, name, 1)
     figures[name] = seconds_per_call(prepared, name, request["calls"])
   if prepared.rest:
     prepared.rest()
