@@ -5,8 +5,8 @@ line, then answers requests on its standard input, a JSON object a line:
 
     {"do": "prepare"}              build and compile; how long that took
     {"do": "warm_up"}              run until it is warm; seconds per call
-    {"do": "round", "calls": n}    n calls of each program; seconds per call.
-                                   What rested first gets one that is not timed
+    {"do": "round", "calls": n}    n calls of each program, after one that is
+                                   not timed; seconds per call
     {"do": "memory"}               bytes at the highest since warm_up
     {"do": "profile"}              the costliest kernels, where it can tell
 
