@@ -28,8 +28,9 @@ done
 if [ -z "${as_found-}" ] && (build_environment); then
   python=$venv/bin/python
 else
-  [ -n "${as_found-}" ] || echo "Measuring with packages as found" >&2
   python=$(find_installed) || exit 1
+  echo "Measuring with the packages of $python" >&2
+  set -- "$@" --as_found
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 fi
 exec "$python" "$root/scripts/benchmark.py" "$@"

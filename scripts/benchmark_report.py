@@ -149,8 +149,9 @@ def _conditions(data: dict) -> str:
       f"* Peak, of a large matrix product in {data['settings']['precision']}: "
       f"{rates}; MFU is the share of the larger"
     )
+  num = data["settings"]["rounds"]
   lines.append(
-    f"* {data['settings']['rounds']} rounds, contestants in turn; medians, and "
+    f"* {num} round{'s' if num > 1 else ''}, contestants in turn; medians, and "
     "from the lowest to the highest round"
   )
   if load := load_of_others(data):
