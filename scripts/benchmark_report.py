@@ -111,7 +111,7 @@ def to_markdown(data: dict) -> str:
   for (what, model), group in groupby(rows, lambda r: (r["what"], r["model"])):
     group = list(group)
     row = group[0]
-    depth = f" with depth {tuple(row['depth'])}" if row["depth"] else ""
+    depth = _depth(row)
     if what == "compile":
       parts += [f"## Compilation: {model}{depth}", _compile_table(group)]
     else:
@@ -133,6 +133,10 @@ def to_markdown(data: dict) -> str:
   if "input" in data["tables"]:
     parts += ["## Input pipelines", data["tables"]["input"]]
   return "\n\n".join(parts) + "\n"
+
+
+def _depth(row: dict) -> str:
+  return f" with depth {tuple(row['depth'])}" if row["depth"] else ""
 
 
 def _conditions(data: dict) -> str:
@@ -311,11 +315,17 @@ def save_figure(data: dict, path: Path) -> None:
   )[:, 0]
   for axis, panel in zip(axes, panels, strict=True):
     _draw(axis, panel)
-  axes[-1].set_xlabel("images per second (bars: medians; lines: all rounds)")
+  text = "images per second (bars: medians; lines: all rounds"
+  if any("ratio" in row for row in rows):
+    text += f"; x: {_ratio_title(rows)[2:]}"
+  axes[-1].set_xlabel(text + ")")
   machine = data["machine"]
   device = machine["text"].rpartition(", ")[0]
   if machine["backend"] != "cpu":
     device = machine["device"]
+  versions = machine["versions"]
+  names = [name for name in ("jax", "torch", "timm") if name in versions]
+  device += "; " + ", ".join(f"{name} {versions[name]}" for name in names)
   figure.suptitle(device, x=0.01, ha="left", fontsize=10, color="#444444")
   figure.savefig(path, dpi=150)
 
@@ -351,8 +361,8 @@ def _draw(axis, panel: list[dict]) -> None:
   axis.invert_yaxis()
   axis.set_xlim(0, 1.2 * longest)
   axis.set_title(
-    f"{first['model']}, {TASKS[first['task']]}: {first['batch']} images of "
-    f"{first['size']} px, {first['precision']}",
+    f"{first['model']}{_depth(first)}, {TASKS[first['task']]}: "
+    f"{first['batch']} images of {first['size']} px, {first['precision']}",
     loc="left",
     fontsize=10,
   )
