@@ -32,7 +32,13 @@ def _outputs(notebook):
 
 
 def _text(notebook):
-  return "".join(o.get("text", "") for o in _outputs(notebook))
+  """What was printed, and what was displayed instead, as a run's lines are."""
+  texts = []
+  for output in _outputs(notebook):
+    data = output.get("data", {})
+    texts.append(output.get("text", ""))
+    texts += [data[kind] for kind in data if kind.startswith("text/")]
+  return "\n".join(texts)
 
 
 def _num_figures(notebook):
@@ -61,6 +67,8 @@ def executed(environment, tmp_path_factory, request):
       "IPYTHONDIR": str(folder / "ipython"),
       "PYTHONPATH": str(FOLDER.parent.parent),
       "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+      # Compiles faster; the few steps run slower.
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     client = nbclient.NotebookClient(
       notebook,
