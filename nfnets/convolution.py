@@ -19,7 +19,7 @@ from nfnets.errors import unknown
 
 # Kernel gradients of `products`, by the pixels of the output: from the first
 # number on they are products rather than XLA's convolution; from the second on
-# image by image, as what a kernel position sees of a xla batch no longer fits
+# image by image, as what a kernel position sees of a whole batch no longer fits
 # the processor's cache.
 _PIXELS_FOR_PRODUCTS = 400
 _PIXELS_FOR_IMAGES = 1024

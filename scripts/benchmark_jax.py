@@ -5,9 +5,7 @@ benchmark_jax.py JOB             answers requests
 """
 
 import importlib.metadata
-import json
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -55,11 +53,6 @@ def describe() -> dict:
     "device_bytes": limit,
     "versions": versions,
   }
-
-
-def prepare(job: Job) -> Prepared:
-  """Builds and compiles what a job asks for."""
-  return _TASKS[job.task](job)
 
 
 def _matmul(job: Job) -> Prepared:
@@ -188,7 +181,7 @@ def _update(job: Job) -> Prepared:
   return _prepared(programs, facts, compiled)
 
 
-_TASKS = {
+TASKS = {
   "matmul": _matmul,
   "forward": _forward,
   "gradient": _gradient,
@@ -294,7 +287,4 @@ def _find_costliest(call: Callable[[], Any], compiled: Any) -> list[dict]:
 
 
 if __name__ == "__main__":
-  if sys.argv[1:] == ["--describe"]:
-    print(json.dumps(describe()))
-  else:
-    benchmark_worker.serve(prepare)
+  benchmark_worker.main(describe, TASKS)

@@ -8,8 +8,6 @@ and weights; with `_compiled` the model goes through `torch.compile`.
 """
 
 import importlib
-import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,15 +34,6 @@ def describe() -> dict:
     "num_threads": torch.get_num_threads(),
     "versions": {"torch": torch.__version__, "timm": timm.__version__},
   }
-
-
-def prepare(job: Job) -> Prepared:
-  """Builds (and where asked for compiles) what a job asks for."""
-  # As XLA does: convolutions are tried out, and float32 may round to TF32.
-  torch.backends.cudnn.benchmark = True
-  torch.backends.cuda.matmul.allow_tf32 = True
-  torch.manual_seed(0)
-  return _TASKS[job.task](job)
 
 
 def _matmul(job: Job) -> Prepared:
@@ -121,7 +110,7 @@ def _update(job: Job) -> Prepared:
   return _prepared(job, update, {})
 
 
-_TASKS = {
+TASKS = {
   "matmul": _matmul,
   "forward": _forward,
   "gradient": _gradient,
@@ -244,7 +233,8 @@ def _prepared(
 
 
 if __name__ == "__main__":
-  if sys.argv[1:] == ["--describe"]:
-    print(json.dumps(describe()))
-  else:
-    benchmark_worker.serve(prepare)
+  # As XLA does: convolutions are tried out, and float32 may round to TF32.
+  torch.backends.cudnn.benchmark = True
+  torch.backends.cuda.matmul.allow_tf32 = True
+  torch.manual_seed(0)
+  benchmark_worker.main(describe, TASKS)

@@ -59,7 +59,17 @@ class Prepared(NamedTuple):
   rest: Callable[[], None] | None = None
 
 
-def serve(prepare: Callable[[Job], Prepared]) -> None:
+def main(
+  describe: Callable[[], dict], tasks: dict[str, Callable[[Job], Prepared]]
+) -> None:
+  """A worker: `--describe` prints what it runs on, a job gets served."""
+  if sys.argv[1:] == ["--describe"]:
+    print(json.dumps(describe()))
+  else:
+    _serve(tasks)
+
+
+def _serve(tasks: dict[str, Callable[[Job], Prepared]]) -> None:
   """Answers requests until there are no more."""
   job = Job(**json.loads(sys.argv[1]))
   # Whatever libraries print goes elsewhere.
@@ -70,7 +80,7 @@ def serve(prepare: Callable[[Job], Prepared]) -> None:
     request = json.loads(line)
     try:
       if request["do"] == "prepare":
-        prepared = prepare(job)
+        prepared = tasks[job.task](job)
         answer = prepared.facts
       else:
         answer = _ANSWERS[request["do"]](prepared, request)

@@ -153,7 +153,7 @@ def make(
       again, or all but the inputs of `blocks` or `stages`, which takes less
       memory and more time.
     is_scanned: Whether equal blocks are compiled once, as a loop: compiling
-      takes less time, running a little more.
+      deep networks takes less time, running takes more.
     **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such
       as `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
