@@ -16,6 +16,7 @@ published weights were trained with it.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import haiku as hk
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets import convolution
+from nfnets.initial import Draw
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -160,13 +162,10 @@ class WSConv2D(hk.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C_in]
     size, channels = self.kernel_size, self.output_channels
-    w = hk.get_parameter(
-      "w",
-      (size, size, x.shape[-1] // self.groups, channels),
-      jnp.float32,
-      # Standardisation makes the network insensitive to this choice.
-      hk.initializers.VarianceScaling(1.0, "fan_in", "normal"),
-    )
+    shape = (size, size, x.shape[-1] // self.groups, channels)
+    # Standardisation makes the network insensitive to the scale.
+    init = Draw("normal", math.prod(shape[:-1]) ** -0.5)
+    w = hk.get_parameter("w", shape, jnp.float32, init)
     if not self.is_folded:
       gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
       w = standardize(w, gain)
@@ -195,8 +194,11 @@ class SqueezeExcite(hk.Module):
 
   def __init__(self, channels: int, hidden: int, name: str | None = None):
     super().__init__(name=name)
-    self.squeeze = hk.Linear(hidden)
-    self.excite = hk.Linear(channels)
+    make = lambda inputs, outputs: hk.Linear(
+      outputs, w_init=Draw("truncated", inputs**-0.5)
+    )
+    self.squeeze = make(channels, hidden)
+    self.excite = make(hidden, channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C]
     h = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)  # [N, C]
@@ -215,7 +217,7 @@ class EfficientAttention(hk.Module):
     self.taps = taps
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C]
-    init = hk.initializers.RandomUniform(-(self.taps**-0.5), self.taps**-0.5)
+    init = Draw("uniform", self.taps**-0.5)
     w = hk.get_parameter("w", (self.taps,), jnp.float32, init)
     h = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)  # [N, C]
     channels, half = h.shape[-1], self.taps // 2

@@ -19,6 +19,7 @@ FLOORS = (
     "convolution",
     "devices",
     "downloads",
+    "initial",
     "layers",
     "losses",
     "mixing",
@@ -55,7 +56,7 @@ FLOORS = (
 NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
-  "layers": {"convolution"},
+  "layers": {"convolution", "initial"},
   "onnx_graph": {"card"},
   "patience": {"card", "metrics", "pretrained"},
   "plots": {"metrics"},

@@ -15,6 +15,7 @@ import numpy as np
 from nfnets import layers
 from nfnets.convolution import FORMS
 from nfnets.errors import InputError, unknown
+from nfnets.initial import drawn_together
 from nfnets.models import nf_regnet, nf_resnet, nfnet
 from nfnets.models import plan as plans
 from nfnets.models.network import REMATS, Execution, Network
@@ -186,8 +187,9 @@ def _make(
       return_features=return_features,
     )
 
-  net = hk.transform_with_state(forward)
-  return Model(name, row, plan, num_classes, execution, net.init, net.apply)
+  init = drawn_together(forward)
+  apply = hk.transform_with_state(forward).apply
+  return Model(name, row, plan, num_classes, execution, init, apply)
 
 
 def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:

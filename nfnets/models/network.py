@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets import layers
+from nfnets.initial import Draw
 from nfnets.models import plan as plans
 from nfnets.models.plan import Attention, Block, Conv, Plan
 
@@ -118,7 +119,7 @@ class Network(hk.Module):
     self.final_conv = make(plan.final_conv) if plan.final_conv else None
     self.classifier = hk.Linear(
       num_classes,
-      w_init=hk.initializers.RandomNormal(stddev=plan.classifier_std),
+      w_init=Draw("normal", plan.classifier_std),
       name="linear",
     )
 
