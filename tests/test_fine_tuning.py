@@ -7,11 +7,12 @@ digits 5 to 7; then 8 and 9 arrive, and more images of the others.
 import json
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, read_rows
+from conftest import SMALL, kill_when, read_rows
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -30,6 +31,8 @@ OPTIONS = [
   "--config.eval.every_epochs=2",
   "--config.optim.lr_per_256=0.5",
 ]
+# Saves before the second evaluation, so that there is something to go on from.
+KILLED_OPTIONS = ["--config.checkpoint_every_steps=6"]
 
 
 def _write_digits(folder, digits, numbers, suffix="png", mode="RGB"):
@@ -78,7 +81,7 @@ def _fine_tune(start, folder, workdir, *options):
   ]
 
 
-def test_two_rounds(start, nfnets, tmp_path):
+def test_two_rounds(start, nfnets, environment, tmp_path):
   photos, workdir = tmp_path / "photos", tmp_path / "run"
   command = _fine_tune(start, photos, workdir)
 
@@ -104,6 +107,7 @@ def test_two_rounds(start, nfnets, tmp_path):
 
   _write_digits(photos, (5, 6, 7), slice(80, 120))
   _write_digits(photos, (8, 9), slice(0, 120))
+  shutil.copytree(workdir, tmp_path / "killed" / "run")
   second = _train(nfnets, *command)
   assert "another round starts from" in second
   _, grown_card = pretrained.load_with_card(workdir)
@@ -122,6 +126,24 @@ def test_two_rounds(start, nfnets, tmp_path):
   # The first round is left as it was.
   old = workdir / "round_001" / "weights.safetensors"
   jax.tree.map(np.testing.assert_array_equal, pretrained.load(old), weights)
+
+  # A round that was killed ends as if it had not been.
+  killed = tmp_path / "killed" / "run"
+  command = [*_fine_tune(start, photos, killed), *KILLED_OPTIONS]
+  checkpoints = killed / "round_002" / "checkpoints"
+  assert kill_when(
+    lambda: (checkpoints / "6").is_dir(),
+    [sys.executable, "-m", "nfnets.main", "train", *command],
+    environment,
+  )
+  assert not (killed / "round_002" / "weights.safetensors").exists()
+  resumed = _train(nfnets, *command)
+  assert re.search(r"round_002 from step \d+", resumed)
+  for name in ("weights.safetensors", "growth.json"):
+    whole = workdir / "round_002" / name
+    assert (killed / "round_002" / name).read_bytes() == whole.read_bytes()
+  evaluations = read_rows(workdir / "round_002", "eval")
+  assert read_rows(killed / "round_002", "eval") == evaluations
 
   # Every other command takes the workdir, and means its newest round.
   result = nfnets("evaluate", f"--workdir={workdir}", "--json")

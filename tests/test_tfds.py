@@ -4,11 +4,15 @@ import io
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, read_rows
 from PIL import Image
 
+from nfnets import card as cards
+from nfnets import models, optim, pretrained
 from nfnets.data import images, sources, tfds_source
 from nfnets.data.source import Sizes
 from nfnets.errors import InputError
@@ -156,6 +160,53 @@ def test_the_imagenet_recipe_trains_resumes_and_evaluates(
   workdir = tmp_path / "whole"
   result = nfnets("evaluate", f"--workdir={workdir}", "--json")
   assert json.loads(result.stdout)["ema"]["num_examples"] == 10
+
+
+def test_weights_are_fine_tuned_on_a_set(data_dir, nfnets, tmp_path):
+  """Of two other classes; network and preprocessing are the weights' own."""
+  model = models.make("nfnet_tiny", num_classes=2, **SMALL)
+  params, _ = model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))
+  card = cards.Card(
+    model="nfnet_tiny",
+    overrides=SMALL,
+    class_names=("ant", "wasp"),
+    image_size=28,
+    crop="padded",
+    margin=4,
+    mean=(100.0, 110.0, 120.0),
+    std=(60.0, 50.0, 40.0),
+  )
+  weights, workdir = tmp_path / "start.safetensors", tmp_path / "run"
+  pretrained.save(weights, params, card)
+  options = [
+    "--config=configs/finetune.py:tfds",
+    f"--config.init_from={weights}",
+    f"--config.data.dir={data_dir}",
+    "--config.data.tfds_name=insects",
+    "--config.train.epochs=3",
+    "--config.train.batch_size=8",
+    f"--workdir={workdir}",
+  ]
+  result = nfnets("train", *options)
+  assert result.returncode == 0, result.stderr
+  rows = read_rows(workdir, "eval")
+  assert [row["step"] for row in rows] == [5, 10, 15]
+  tuned, tuned_card = pretrained.load_with_card(workdir)
+  assert tuned_card.class_names == ("ant", "bee", "fly")
+  kept = ("model", "overrides", "image_size", "crop", "margin", "mean", "std")
+  for field in kept:
+    assert getattr(tuned_card, field) == getattr(card, field), field
+  moved = [
+    np.abs(value - params[module][name]).max()
+    for module, values in tuned.items()
+    for name, value in values.items()
+    if not optim.is_classifier(module)
+  ]
+  assert 0 < max(moved) < 0.5  # It started from these weights.
+  assert tuned["NFNet/~/linear"]["w"].shape[1] == 3
+
+  complete = nfnets("train", *options)
+  assert "is complete" in complete.stdout, complete.stderr
 
 
 def test_a_batch_can_be_looked_at(data_dir, nfnets, tmp_path):
