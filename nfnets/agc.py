@@ -65,15 +65,28 @@ def _squared_magnitude(x: jax.Array) -> jax.Array:
   return x**2
 
 
+class Clipped(NamedTuple):
+  """One parameter's gradient after clipping, and what it depended on."""
+
+  grad: jax.Array
+  grad_norm: jax.Array  # Of each unit, before clipping.
+  param_norm: jax.Array  # Of each unit, at least eps.
+
+  @property
+  def ratio(self) -> jax.Array:
+    return self.grad_norm / self.param_norm
+
+
 def clip(
   grad: jax.Array, param: jax.Array, *, clipping: float, eps: float
-) -> tuple[jax.Array, jax.Array]:
-  """Clips one parameter's gradient; also returns each unit's ratio before."""
-  grad_norm, param_norm = unitwise_norm(grad), unitwise_norm(param)
-  floored = jnp.maximum(param_norm, eps)
-  max_norm = clipping * floored
-  scaled = grad * (max_norm / jnp.maximum(grad_norm, _DIVISION_EPS))
-  return jnp.where(grad_norm < max_norm, grad, scaled), grad_norm / floored
+) -> Clipped:
+  """Clips one parameter's gradient."""
+  grad_norm = unitwise_norm(grad)
+  param_norm = jnp.maximum(unitwise_norm(param), eps)
+  max_norm = clipping * param_norm
+  factor = max_norm / jnp.maximum(grad_norm, _DIVISION_EPS)
+  factor = jnp.where(grad_norm < max_norm, 1, factor)
+  return Clipped(grad * factor, grad_norm, param_norm)
 
 
 def adaptive_grad_clip(
@@ -134,26 +147,37 @@ def adaptive_grad_clip(
       clip(g, p, clipping=clipping, eps=eps)
       for g, p in zip(leaves, treedef.flatten_up_to(params), strict=True)
     ]
-    ratios: dict[str, list[jax.Array]] = {name: [] for name in state.statistics}
-    for part, (_, ratio) in zip(parts(updates), results, strict=True):
-      ratios[part].append(ratio.ravel())
-      if part != "all":
-        ratios["all"].append(ratio.ravel())
-    statistics = {k: _summarize(v, clipping) for k, v in ratios.items()}
-    clipped = treedef.unflatten([grad for grad, _ in results])
+    of_parts: dict[str, list[Clipped]] = {}
+    for part, result in zip(parts(updates), results, strict=True):
+      of_parts.setdefault(part, []).append(result)
+    statistics = _summarize(of_parts, clipping)
+    clipped = treedef.unflatten([result.grad for result in results])
     return clipped, AGCState(statistics)
 
   return optax.GradientTransformation(init, update)
 
 
-def _summarize(ratios: list[jax.Array], clipping: float) -> Statistics:
-  if not ratios:
-    return Statistics(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-  ratio = jnp.concatenate(ratios).astype(jnp.float32)  # [units]
-  return Statistics(
-    clipped=jnp.mean(ratio > clipping, dtype=jnp.float32),
-    max_ratio=jnp.max(ratio),
-  )
+def _summarize(
+  of_parts: dict[str, list[Clipped]], clipping: float
+) -> dict[str, Statistics]:
+  """Of each part, and from those of all.
+
+  Ratios are taken after norms are put together, in one operation a part: one
+  for each array would take longer to compile than all of the clipping.
+  """
+  num_units, num_clipped = 0, jnp.zeros((), jnp.float32)
+  largest = jnp.zeros((), jnp.float32)
+  found = {}
+  for part, results in of_parts.items():
+    norms = [(c.grad_norm.ravel(), c.param_norm.ravel()) for c in results]
+    grad_norm, param_norm = map(jnp.concatenate, zip(*norms, strict=True))
+    ratio = (grad_norm / param_norm).astype(jnp.float32)  # [units]
+    count = jnp.sum(ratio > clipping, dtype=jnp.float32)
+    found[part] = Statistics(count / ratio.size, jnp.max(ratio))
+    num_units, num_clipped = num_units + ratio.size, num_clipped + count
+    largest = jnp.maximum(largest, found[part].max_ratio)
+  found["all"] = Statistics(num_clipped / max(num_units, 1), largest)
+  return found
 
 
 def find_state(opt_state: Any) -> AGCState | None:
