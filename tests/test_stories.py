@@ -238,14 +238,14 @@ def test_other_settings_may_change_and_are_told(copy, nfnets):
   """Without --config a workdir's own config is the one that is changed."""
   changed = (f"--workdir={copy}", "--config.optim.lr_per_256=0.5")
   before = _snapshot(copy)
-  complete = r"complete after 44 steps.*lr_per_256: 1.0 -> 0.5.*raise config.tr"
+  complete = r"complete after 44 steps.*lr_per_256: 2.0 -> 0.5.*raise config.tr"
   _fails(nfnets("train", *changed), 1, complete)
   assert _snapshot(copy) == before
 
   result = nfnets("train", *changed, "--config.train.epochs=2.2")
   _last_line(result)
   assert "from step 44" in result.stdout
-  assert "optim.lr_per_256: 1.0 -> 0.5" in result.stdout
+  assert "optim.lr_per_256: 2.0 -> 0.5" in result.stdout
   assert read_rows(copy)[-1]["step"] == 49
 
 
