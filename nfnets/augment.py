@@ -1,4 +1,4 @@
-"""Augmentation inside the compiled step, in the order in which it happens.
+"""What happens to images inside the compiled step, in its order.
 
 Every random choice about an image comes from its own key, made of the run's
 seed, the step and the image's place in the global batch: a resumed run repeats
@@ -8,7 +8,7 @@ Shapes: N images per device, H height, W width.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,18 @@ class Augmented(NamedTuple):
   labels: jax.Array  # [N] int32.
   partner_labels: jax.Array  # [N] int32.
   share: jax.Array  # [N] float32: of `labels`; the partner's is the rest.
+
+
+class Normalization(NamedTuple):
+  """Mean and standard deviation of each colour, in grey levels 0 to 255."""
+
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+
+  def __call__(self, images: jax.Array, dtype: Any) -> jax.Array:
+    """uint8 [N, H, W, 3] -> zero mean, unit variance, in `dtype`."""
+    mean, std = jnp.array([[[self.mean]]]), jnp.array([[[self.std]]])
+    return ((images.astype(jnp.float32) - mean) / std).astype(dtype)
 
 
 # (key of the step, places in the global batch [N], batch) -> augmented.

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from nfnets import models, onnx_graph, pretrained, timm
+from nfnets.augment import Normalization
 from nfnets.card import Card
 from nfnets.errors import InputError
-from nfnets.steps import Normalization
 
 # A StableHLO program is a flat buffer.
 _MOST_BYTES = 2**31 - 2**24

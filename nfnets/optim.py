@@ -13,17 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from nfnets import agc
+from nfnets.models.plan import is_classifier
 
 
 def _is_gain_or_bias(module: str, name: str) -> bool:
   del module
   return name in ("scale", "offset", "b") or "gain" in name or "bias" in name
-
-
-def is_classifier(module: str, name: str = "w") -> bool:
-  """Whether a parameter is the last layer's."""
-  del name
-  return "linear" in module and "squeeze_excite" not in module
 
 
 def _is_any(module: str, name: str) -> bool:

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from nfnets import models, pretrained
+from nfnets.augment import Normalization
 from nfnets.data import images
 from nfnets.errors import InputError
-from nfnets.steps import Normalization
 
 
 class Prediction(NamedTuple):

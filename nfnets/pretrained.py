@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from nfnets import card as cards
-from nfnets import checkpoint, devices, downloads, models, optim, pickles, timm
+from nfnets import devices, downloads, models, pickles, timm
 from nfnets.card import Card
 from nfnets.errors import InputError, unknown
+from nfnets.models.plan import is_classifier
 
 Params = dict[str, dict[str, np.ndarray]]
 Shapes = dict[str, tuple[int, ...]]
@@ -80,6 +81,9 @@ def _load_workdir(
   finished = workdir / "weights.safetensors"
   if is_average and finished.is_file():
     return load_file(finished)[0], card
+  # Here, as it takes long and weights files do without.
+  from nfnets import checkpoint
+
   model, mesh = card.make_model(), devices.make_mesh(1)
   found = checkpoint.load_weights(workdir, model, mesh)
   return jax.device_get(found["ema_params" if is_average else "params"]), card
@@ -107,7 +111,7 @@ def load_file(
   params: Params = {}
   for key, value in flat.items():
     module, _, name = key.rpartition("/")
-    params.setdefault(module, {})[name] = value.astype(np.float32)
+    params.setdefault(module, {})[name] = value.astype(np.float32, copy=False)
   if text is not None:
     card = Card.from_dict(json.loads(text), str(path))
     check(params, card.make_model(), str(path))
@@ -149,7 +153,7 @@ def _our_candidates(flat: dict[str, np.ndarray]) -> Iterable[_Candidate]:
     (
       len(value)
       for key, value in flat.items()
-      if key.endswith("/b") and optim.is_classifier(key)
+      if key.endswith("/b") and is_classifier(key)
     ),
     1000,
   )
@@ -298,7 +302,7 @@ def transfer(
   Raises:
     InputError: when they are not weights of this model.
   """
-  (head,) = (module for module in fresh if optim.is_classifier(module))
+  (head,) = (module for module in fresh if is_classifier(module))
   old = params.get(head, {})
   shapes_of = lambda values: {k: np.shape(v) for k, v in values.items()}
   if old_names is None and shapes_of(old) == shapes_of(fresh[head]):

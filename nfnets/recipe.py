@@ -15,11 +15,10 @@ from ml_collections import ConfigDict
 from configs import base
 from nfnets import card as cards
 from nfnets import models, optim, pretrained
-from nfnets.augment import Augment, make_augment
+from nfnets.augment import Augment, Normalization, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
 from nfnets.errors import InputError, UsageError, unknown
-from nfnets.steps import Normalization
 
 # What a workdir is bound to, besides the model.
 _FIXED = (

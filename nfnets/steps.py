@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from nfnets import agc, devices, losses, optim, sam
-from nfnets.augment import Augment, Augmented, make_augment
+from nfnets.augment import Augment, Augmented, Normalization, make_augment
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
 from nfnets.models import Model
@@ -35,18 +35,6 @@ class TrainState(NamedTuple):
   opt_state: Any
   ema_params: hk.Params
   ema_state: hk.State
-
-
-class Normalization(NamedTuple):
-  """Mean and standard deviation of each colour, in grey levels 0 to 255."""
-
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
-
-  def __call__(self, images: jax.Array, dtype: Any) -> jax.Array:
-    """uint8 [N, H, W, 3] -> zero mean, unit variance, in `dtype`."""
-    mean, std = jnp.array([[[self.mean]]]), jnp.array([[[self.std]]])
-    return ((images.astype(jnp.float32) - mean) / std).astype(dtype)
 
 
 def compute_dtype(precision: str) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from benchmark_worker import Job, Prepared
 
-from nfnets import devices, losses, models, optim, steps
+from nfnets import augment, devices, losses, models, optim, steps
 from nfnets.data.batch import Batch
 
 # Options of `models.make` for contestants that are not the default network.
@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 # ImageNet's, in grey levels.
-NORMALIZATION = steps.Normalization(
+NORMALIZATION = augment.Normalization(
   mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
 )
 

@@ -58,6 +58,7 @@ NEIGHBOURS = {
   "checkpoint": {"steps"},
   "layers": {"convolution", "initial"},
   "onnx_graph": {"card"},
+  "optim": {"models"},
   "patience": {"card", "metrics", "pretrained"},
   "plots": {"metrics"},
   "pretrained": {"card", "checkpoint", "timm"},

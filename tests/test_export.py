@@ -11,8 +11,8 @@ from conftest import SMALL, draw_params, param_shapes
 
 from nfnets import card as cards
 from nfnets import export, layers, models, onnx_graph, pretrained
+from nfnets.augment import Normalization
 from nfnets.errors import InputError
-from nfnets.steps import Normalization
 
 CARD = cards.Card(
   model="nfnet_tiny",

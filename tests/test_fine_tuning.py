@@ -17,8 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import base
-from nfnets import optim, pretrained, recipe
+from nfnets import pretrained, recipe
 from nfnets.errors import InputError
+from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
 
 NAMES = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
@@ -236,7 +237,7 @@ def test_frozen_parts_keep_their_weights(start, nfnets, tmp_path):
   stage_of = card.make_model().stage_of
   moved = {"stem": 0.0, "stage1": 0.0, "stage2": 0.0, "head": 0.0}
   for module, values in after.items():
-    if optim.is_classifier(module):
+    if is_classifier(module):
       continue
     for name, value in values.items():
       change = np.max(np.abs(value - before[module][name]))

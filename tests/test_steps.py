@@ -20,7 +20,7 @@ ONE_BLOCK = models.make(
 )
 SAM = {"sam_rho": 0.5, "sam_share": 0.25}
 SHIFT = augment.make_augment(shift=0.125)
-IDENTITY = steps.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IDENTITY = augment.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def _batches(seed, num, batch_size, size=32):

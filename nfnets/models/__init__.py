@@ -5,6 +5,7 @@ params, state = model.init(rng, images)
 outputs, state = model.apply(params, state, rng, images, is_training=False)
 """
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -204,12 +205,15 @@ def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
     float32.
   """
 
-  folded = {}
-  for module, values in params.items():
-    folded[module] = dict(values)
+  def fold_module(values):
+    folded = dict(values)
     if "gain" in values:
-      gain = folded[module].pop("gain")
-      folded[module]["w"] = layers.folded_kernel(values["w"], gain)
+      folded["w"] = layers.folded_kernel(values["w"], folded.pop("gain"))
+    return folded
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    results = list(pool.map(fold_module, params.values()))
+  folded = dict(zip(params, results, strict=True))
   execution = model.execution._replace(is_folded=True)
   new = _make(model.name, model.variant, model.num_classes, execution)
   return new, folded

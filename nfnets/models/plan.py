@@ -274,3 +274,9 @@ def stage_of(plan: Plan, module: str) -> str:
     return next(f"stage{b.stage}" for b in plan.blocks if b.name == name)
   is_stem = any(module.endswith(f"/{conv.name}") for conv in plan.stem)
   return "stem" if is_stem else "head"
+
+
+def is_classifier(module: str, name: str = "w") -> bool:
+  """Whether a parameter is the last layer's."""
+  del name
+  return "linear" in module and "squeeze_excite" not in module
