@@ -6,6 +6,7 @@ line prints it without a traceback; in a notebook it is a `ValueError`.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -25,3 +26,15 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
   return UsageError(
     f"unknown {kind} {given!r}: {hint}known: {', '.join(known)}"
   )
+
+
+def check_output(path: Path, endings: Iterable[str]) -> None:
+  """Raises `InputError` for a file that could not be written in the end."""
+  endings = list(endings)
+  if path.suffix not in endings:
+    raise InputError(
+      f"{path}: its name must end in {', '.join(endings)}, which says what is "
+      "written"
+    )
+  if not path.absolute().parent.is_dir():
+    raise InputError(f"{path}: there is no folder {path.absolute().parent}")

@@ -1,6 +1,5 @@
 """The story of leaving: weights and programs that run without this package."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 from nfnets import models, onnx_graph, pretrained, timm
 from nfnets.augment import Normalization
 from nfnets.card import Card
-from nfnets.errors import InputError
+from nfnets.errors import InputError, check_output
+from nfnets.model_card import model_card
 
 # A StableHLO program is a flat buffer.
 _MOST_BYTES = 2**31 - 2**24
@@ -34,19 +34,8 @@ def export(source: str | Path, out: Path) -> list[Path]:
   Raises:
     InputError: for another ending, or weights that nobody knows the network of.
   """
-  if out.suffix not in WRITERS:
-    raise InputError(
-      f"{out}: exports end in {', '.join(WRITERS)}; the ending says what is "
-      "written"
-    )
-  if not out.absolute().parent.is_dir():
-    raise InputError(f"{out}: there is no folder {out.absolute().parent}")
-  params, card = pretrained.load_with_card(source)
-  if card is None:
-    raise InputError(
-      f"{source} has no card that names its model and classes: export the "
-      "weights.safetensors that `nfnets train` writes"
-    )
+  check_output(out, WRITERS)
+  params, card = pretrained.load_with_known_card(source)
   card = card._replace(source=card.source or str(source))
   WRITERS[out.suffix](out, params, card)
   text = out.with_name(f"{out.name}.md")
@@ -105,81 +94,6 @@ WRITERS: dict[str, Callable[[Path, Any, Card], None]] = {
   ".onnx": save_onnx,
 }
 
-_HOW_TO_USE = {
-  ".stablehlo": """\
-```python
-import jax
-
-with open("{name}", "rb") as file:
-  program = jax.export.deserialize(bytearray(file.read()))
-# images: uint8 [N, {size}, {size}, 3], RGB; any N.
-probabilities = program.call(images)  # float32 [N, {num_classes}]
-```
-""",
-  ".onnx": """\
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("{name}")
-# images: uint8 [N, {size}, {size}, 3], RGB; any N.
-logits, probabilities = session.run(None, {{"images": images}})
-```
-""",
-  "weights": """\
-```python
-from nfnets.predict import Classifier
-
-classifier = Classifier("{name}")
-for prediction in classifier.predict(["photo.jpg"]):
-  print(prediction)
-```
-""",
-}
-
-_CROPS = {
-  "resize": "resized to {full} x {full} px without regard to proportions "
-  "(bicubic, a = -0.5, no antialiasing), of which the middle {size} x {size} "
-  "is taken",
-  "padded": "the middle square is cut out, {size}/{full} of the shorter side, "
-  "and resized to {size} x {size} px (bicubic, a = -0.5, no antialiasing)",
-}
-
-
-def model_card(card: Card, path: Path) -> str:
-  """What a person needs to know to use a file, as Markdown."""
-  model = card.make_model()
-  size = card.image_size
-  crop = _CROPS[card.crop].format(full=size + card.margin, size=size)
-  columns = ", ".join(f"{k}={v}" for k, v in card.overrides.items())
-  facts = {
-    "file": f"`{path.name}`",
-    "network": card.model + (f" with {columns}" if columns else ""),
-    "weights from": card.source,
-    "parameters": f"{model.count_params():,}",
-    "multiply-accumulates": f"{model.count_macs(size) / 1e9:.2f} billion",
-    "images": f"RGB, {crop}",
-    "mean of the colours": f"{_numbers(card.mean)} (of 0 to 255)",
-    "standard deviation": _numbers(card.std),
-    "classes": f"{model.num_classes:,}",
-  }
-  table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-  use = _HOW_TO_USE.get(path.suffix, _HOW_TO_USE["weights"]).format(
-    name=path.name, size=size, num_classes=model.num_classes
-  )
-  note = ""
-  if path.suffix in (".stablehlo", ".onnx"):
-    note = "The file normalises the colours itself: give it grey levels.\n\n"
-  details = json.dumps(card._asdict(), ensure_ascii=False)
-  return (
-    f"# {card.model}\n\n| | |\n| --- | --- |\n{table}\n\n{note}{use}\n"
-    f"All of it for programs, names of the classes in the order of the outputs "
-    f"included:\n\n```json\n{details}\n```\n"
-  )
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-  return ", ".join(f"{value:g}" for value in values)
-
 
 def convert(
   source: str | Path, out: Path, *, to: str = "ours", folds_epsilon: bool
@@ -196,12 +110,18 @@ def convert(
     InputError: for weights that nobody knows the network of, or that timm has
       no network for.
   """
+  check_output(out, (".safetensors", ".npz"))
   path = Path(source)
   if path.is_file():
     params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)
   else:
     params, card = pretrained.load_with_card(source)
   model = card.make_model() if card else pretrained.recognize(params, str(path))
+  if folds_epsilon and not (timm.name_of(model) or "").startswith("dm_"):
+    raise InputError(
+      f"--fold_epsilon is for dm_nfnet_f0 to f6, and {source} is {model.name}: "
+      "leave it out"
+    )
   if to == "ours":
     pretrained.save(out, params, card)
     return f"{model.name}, {model.num_classes} classes"

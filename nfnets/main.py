@@ -7,6 +7,7 @@ Anything heavy is imported by the command that needs it.
 import argparse
 import ast
 import csv
+import difflib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from nfnets.errors import InputError, UsageError
+from nfnets.errors import InputError, UsageError, check_output
 
 _CONFIG_HELP = (
   "recipe file, file.py:VARIANT for one of a family; any value of it is "
@@ -24,6 +25,7 @@ _CONFIG_HELP = (
   "has one, else configs/digits.py)"
 )
 
+_PICTURES = (".png", ".jpg", ".webp", ".pdf", ".svg")
 
 _WEIGHTS_HELP = (
   "or weights: a file (ours, a released F*_haiku.npz, timm's safetensors) or a "
@@ -38,8 +40,11 @@ def main(argv: list[str] | None = None) -> int:
   # One line for each, without the place in the code.
   warnings.formatwarning = lambda message, *_: f"nfnets: {message}\n"
   try:
-    if rest and not hasattr(args, "config"):
-      raise UsageError(f"{rest[0]} is no option of `nfnets {args.command}`")
+    has_config = hasattr(args, "config")
+    for option in rest:
+      is_value = not option.startswith("--") or option.startswith("--config.")
+      if not (has_config and is_value):
+        raise _no_option(parser, args.command, option)
     return args.run(args, rest) or 0
   except UsageError as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
@@ -54,6 +59,18 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f"nfnets {args.command}: interrupted", file=sys.stderr)
     return 1
+
+
+def _no_option(
+  parser: argparse.ArgumentParser, command: str, given: str
+) -> UsageError:
+  """The error for an option that a command does not have."""
+  given = given.partition("=")[0]
+  (subparsers,) = parser._subparsers._group_actions
+  known = subparsers.choices[command]._option_string_actions
+  close = difflib.get_close_matches(given, known, n=1)
+  hint = f": did you mean {close[0]}?" if close else ""
+  return UsageError(f"{given} is no option of `nfnets {command}`{hint}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -118,7 +135,7 @@ def _make_parser() -> argparse.ArgumentParser:
     "--csv", action="store_true", help="print CSV, a row per image and class"
   )
   command.add_argument(
-    "--grid", type=Path, metavar="FILE", help="also draw the images, as PNG"
+    "--grid", type=Path, metavar="FILE", help="also draw the images, as .png"
   )
 
   command = add(
@@ -249,6 +266,8 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
     if getattr(args, name) < 1:
       raise UsageError(f"--{name}={getattr(args, name)}: must be at least 1")
   source = _source_of(args, "predict with")
+  if args.grid:
+    check_output(args.grid, _PICTURES)
   from nfnets import predict
   from nfnets.data import images
 
@@ -335,6 +354,7 @@ def _show_batch(args: argparse.Namespace, rest: list[str]) -> None:
   config = _load_config(args.config, rest)
   if args.num_images < 1:
     raise UsageError(f"--num_images={args.num_images}: must be at least 1")
+  check_output(args.out, _PICTURES)
   from nfnets import show_batch
 
   show_batch.show_batch(config, args.out, num_images=args.num_images)
@@ -416,7 +436,7 @@ def _one_line(error: Exception) -> str:
   if found := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
     return f"there is no key {found[2]!r}: did you mean {found[1]!r}?"
   if isinstance(error, KeyError | AttributeError):
-    return f"there is no such key: {text.strip()}"
+    return f"there is no such key: {text.strip()}; configs/base.py has them all"
   lines = str(error).strip().splitlines()
   if "Traceback" in str(error):  # Of the recipe's own error.
     return re.sub(r"^[\w.]*Error: ", "", lines[-1])

@@ -55,14 +55,8 @@ class Classifier:
   """
 
   def __init__(self, source: str | Path):
-    params, card = pretrained.load_with_card(source)
-    if card is None:
-      raise InputError(
-        f"{source} has no card that names its model and classes: use the "
-        "weights.safetensors that `nfnets train` writes"
-      )
-    self.card = card
-    self.model, params = models.fold(card.make_model(), params)
+    params, self.card = pretrained.load_with_known_card(source)
+    self.model, params = models.fold(self.card.make_model(), params)
     self.params = jax.device_put(params)
     self._probabilities = jax.jit(self._forward)
 

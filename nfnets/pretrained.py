@@ -73,6 +73,24 @@ def load_with_card(
   return load_file(path)
 
 
+def load_with_known_card(source: str | Path) -> tuple[Params, Card]:
+  """As `load_with_card`, of weights that say what they are.
+
+  Raises:
+    InputError: also for weights that do not.
+  """
+  params, card = load_with_card(source)
+  if card is None:
+    names = [name.lstrip("/") for name in list(_flatten(params))[:2]]
+    raise InputError(
+      f"{source} ({', '.join(names)}, ...) has no card "
+      "that names its network and classes, nor the shapes of one for ImageNet "
+      "that is known here (`nfnets info`): use weights that `nfnets train` or "
+      "`export` wrote, a release or timm's"
+    )
+  return params, card
+
+
 def _load_workdir(
   workdir: Path, *, is_average: bool
 ) -> tuple[Params, Card | None]:
@@ -94,15 +112,27 @@ def load_file(
 ) -> tuple[Params, Card | None]:
   """As `load_with_card`, of a file; `trained_in_timm`: see `timm.to_ours`."""
   if not path.is_file():
-    raise InputError(f"{path}: there is no such weights file")
-  read = {".safetensors": _read_safetensors, ".npz": _read_npz}
-  if path.suffix not in read:
-    raise InputError(f"{path}: weights are read from .safetensors or .npz")
+    raise InputError(f"{path}: there is no such weights file or workdir")
+  if path.suffix not in (".safetensors", ".npz"):
+    raise InputError(
+      f"{path}: weights are read from .safetensors, .npz or the workdir of a "
+      "run; exported programs cannot be read back"
+    )
   with path.open("rb") as file:
-    is_pickle = pickles.is_pickle(file.read(2))
-  # The released files are pickles, though their names end in npz.
-  reader = _read_pickle if is_pickle else read[path.suffix]
-  flat, text = reader(path)
+    start = file.read(9)
+  # Names may lie: the released files are pickles and end in npz.
+  is_pickle = pickles.is_pickle(start[:2])
+  if is_pickle:
+    flat, text = _read_pickle(path)
+  elif start.startswith(b"PK"):
+    flat, text = _read_npz(path)
+  elif start[8:] == b"{":
+    flat, text = _read_safetensors(path)
+  else:
+    raise InputError(
+      f"{path} is damaged or no weights file: it begins with {start!r}, and "
+      "neither safetensors, npz nor pickles do"
+    )
 
   if timm.is_timm(flat):
     model = _recognize(flat, str(path), _timm_candidates(flat))
@@ -269,9 +299,9 @@ def _read_npz(path: Path):
   try:
     with np.load(path, allow_pickle=False) as file:
       flat = {key: file[key] for key in file.files}
-  except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+  except (ValueError, EOFError, zipfile.BadZipFile, AttributeError):
     raise InputError(
-      f"{path} is damaged or no plain npz file ({error})"
+      f"{path} is damaged or no npz file of plain arrays"
     ) from None
   card = flat.pop(_CARD_KEY, None)
   return flat, None if card is None else card.tobytes().decode()

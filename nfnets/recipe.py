@@ -128,13 +128,7 @@ def _card_of_start(config: ConfigDict) -> cards.Card:
       "starts from: give --config.init_from=WEIGHTS (a file, a workdir or a "
       "published name such as dm_nfnet_f0)"
     )
-  _, card = pretrained.load_with_card(config.init_from)
-  if card is None:
-    raise InputError(
-      f"{config.init_from} has no card that names its network: give "
-      "--config.model.name, --config.data.mean and the like"
-    )
-  return card
+  return pretrained.load_with_known_card(config.init_from)[1]
 
 
 def fill(config: ConfigDict, card: cards.Card) -> ConfigDict:
@@ -192,6 +186,10 @@ def resolve(config: ConfigDict) -> Recipe:
   """
   check(config)
   if config.model.name is None or None in _preprocessing(config).values():
+    folder = config.data.dir
+    if folder is not None and not Path(folder).is_dir():
+      # Said before weights are downloaded.
+      raise InputError(f"--config.data.dir={folder}: there is no such folder")
     config = fill(config, _card_of_start(config))
   columns = config.model.to_dict()
   name = columns.pop("name")

@@ -1,18 +1,21 @@
 """Exports: other runtimes give what JAX gives; the command line's lines."""
 
 import json
+import re
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, draw_params, param_shapes
+from conftest import REFERENCE, SMALL, draw_params, param_shapes
+from PIL import Image
 
 from nfnets import card as cards
 from nfnets import export, layers, models, onnx_graph, pretrained
 from nfnets.augment import Normalization
 from nfnets.errors import InputError
+from nfnets.predict import Classifier
 
 CARD = cards.Card(
   model="nfnet_tiny",
@@ -174,6 +177,32 @@ def test_f0_in_every_form(tmp_path):
   np.testing.assert_allclose(found, jax.nn.softmax(expected), atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".stablehlo", ".onnx"])
+@pytest.mark.parametrize("crop", ["resize", "padded"])
+def test_the_script_on_the_model_card_classifies(suffix, crop, tmp_path):
+  """A photo, as `nfnets predict` does it, but for how Pillow resizes."""
+  card = CARD._replace(crop=crop)
+  weights = tmp_path / "w.safetensors"
+  pretrained.save(weights, _drawn(card), card)
+  export.export(weights, tmp_path / f"net{suffix}")
+  with np.load(REFERENCE / "eval_preprocess.npz") as file:
+    Image.fromarray(file["decoded"]).save(tmp_path / "photo.jpg")
+  script = (tmp_path / f"net{suffix}.md").read_text().split("```python\n")[1]
+  result = subprocess.run(
+    [sys.executable, "-c", script.split("\n```\n")[0]],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  found = re.findall(r"([\d.]+)%  (\w+)", result.stdout)
+  (prediction,) = Classifier(weights).predict([tmp_path / "photo.jpg"])
+  assert [name for _, name in found] == [name for name, _ in prediction.classes]
+  for (percent, _), (_, value) in zip(found, prediction.classes, strict=True):
+    assert float(percent) == pytest.approx(100 * value, abs=3)
+
+
 def test_the_model_card_says_what_a_user_needs(tmp_path):
   weights = tmp_path / "w.safetensors"
   pretrained.save(weights, _drawn(CARD), CARD)
@@ -189,7 +218,7 @@ def test_the_model_card_says_what_a_user_needs(tmp_path):
     'InferenceSession("net.onnx")',
   ):
     assert part in text, part
-  details = json.loads(text.split("```json\n")[1].split("\n```")[0])
+  details = json.loads(text.split("```json\n")[-1].split("\n```")[0])
   assert cards.Card.from_dict(details, "here") == CARD
 
 
@@ -197,7 +226,11 @@ def test_the_model_card_says_what_a_user_needs(tmp_path):
   ("arguments", "exit_code", "pattern"),
   [
     (["out.onnx"], 2, r"give either --workdir or --weights to export"),
-    (["out.pt", "--weights=w.npz"], 1, r"exports end in .safetensors, .npz, "),
+    (
+      ["out.pt", "--weights=w.npz"],
+      1,
+      r"its name must end in .safetensors, .npz, ",
+    ),
     (["a/b.onnx", "--weights=w.npz"], 1, r"there is no folder .*/a"),
     (["b.onnx", "--weights=absent.npz"], 1, r"no such weights file"),
     (["b.onnx", "--weights=nfnet_f0"], 2, r"did you mean dm_nfnet_f0"),
@@ -219,7 +252,9 @@ def test_what_cannot_be_exported(
 def test_weights_without_a_card_are_not_exported(tmp_path):
   path = tmp_path / "w.npz"
   pretrained.save(path, _drawn(CARD))
-  with pytest.raises(InputError, match=r"w.npz has no card that names its mod"):
+  with pytest.raises(
+    InputError, match=r"w.npz .NFNet.* has no card"
+  ):
     export.export(path, tmp_path / "out.onnx")
 
 
@@ -246,6 +281,9 @@ def test_conversion_through_the_command_line(nfnets, tmp_path):
   assert "timm's nfnet_l0, 1000 classes" in to_timm.stdout, to_timm.stderr
   back = nfnets("convert", tmp_path / "t.safetensors", tmp_path / "b.npz")
   assert "b.npz: nfnet_l0, 1000 classes" in back.stdout, back.stderr
+  refused = nfnets("convert", first, tmp_path / "c.npz", "--fold_epsilon")
+  assert refused.returncode == 1
+  assert "--fold_epsilon is for dm_nfnet_f0 to f6" in refused.stderr
   loaded, card = pretrained.load_with_card(tmp_path / "b.npz")
   assert card.image_size == 288
   jax.tree.map(

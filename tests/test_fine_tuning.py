@@ -198,6 +198,11 @@ def test_wrong_input_is_one_line(start, nfnets, tmp_path):
     exit_code=2,
     pattern="nothing is left to train",
   )
+  fails(
+    "--config.init_from=dm_nfnet_f0",
+    f"--config.data.dir={photos}z",
+    pattern="photosz: there is no such folder",
+  )
   fails("--config.init_from=absent.npz", pattern="no such weights file")
   damaged = tmp_path / "damaged.safetensors"
   whole = (start / "weights.safetensors").read_bytes()

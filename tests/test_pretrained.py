@@ -67,10 +67,28 @@ def test_other_files(tmp_path):
   with pytest.raises(InputError, match=r"there is no such weights file"):
     pretrained.load(tmp_path / "absent.npz")
   (tmp_path / "weights.bin").touch()
-  with pytest.raises(InputError, match=r"read from .safetensors or .npz"):
+  with pytest.raises(InputError, match=r"read from .safetensors, .npz or"):
     pretrained.load(tmp_path / "weights.bin")
+  (tmp_path / "text.npz").write_text("not weights")
+  with pytest.raises(InputError, match=r"no weights file: it begins with"):
+    pretrained.load(tmp_path / "text.npz")
   with pytest.raises(InputError, match=r"saved as .safetensors or .npz"):
     pretrained.save(tmp_path / "weights.bin", {})
+
+
+def test_a_file_is_known_by_its_content(tmp_path, params):
+  path = tmp_path / "weights.safetensors"
+  pretrained.save(path, params, CARD)
+  loaded, card = pretrained.load_with_card(path.rename(tmp_path / "w.npz"))
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  assert card == CARD
+
+
+def test_arrays_of_no_network_are_named(tmp_path):
+  path = tmp_path / "weights.npz"
+  np.savez(path, **{"conv1.weight": np.zeros(3), "fc.weight": np.zeros(3)})
+  with pytest.raises(InputError, match=r"conv1.weight, fc.weight, .* no card"):
+    pretrained.load_with_known_card(path)
 
 
 def test_weights_of_another_model_name_both_sides(params):
