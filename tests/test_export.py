@@ -252,9 +252,7 @@ def test_what_cannot_be_exported(
 def test_weights_without_a_card_are_not_exported(tmp_path):
   path = tmp_path / "w.npz"
   pretrained.save(path, _drawn(CARD))
-  with pytest.raises(
-    InputError, match=r"w.npz .NFNet.* has no card"
-  ):
+  with pytest.raises(InputError, match=r"w.npz .NFNet.* has no card"):
     export.export(path, tmp_path / "out.onnx")
 
 
