@@ -91,7 +91,7 @@ def test_two_rounds(start, nfnets, environment, tmp_path):
   _write_digits(photos, (5, 6, 7), slice(40, 60), mode="P")
   _write_digits(photos, (5, 6, 7), slice(60, 80), mode="RGBA")
   first = _train(nfnets, *command)
-  found = re.search(r"done: test accuracy (\S+)% .* (\S+)$", first, re.M)
+  found = re.search(r"done: test accuracy (\S+)% .* are in (.*)$", first, re.M)
   assert found[2] == str(workdir / "round_001")
   assert float(found[1]) > 85  # A tiny network, 80 images of each.
   weights, card = pretrained.load_with_card(workdir)

@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
   assert expected < row.keys()
   resolved = json.loads((finished / "config.json").read_text())
   assert resolved["derived"]["total_steps"] == 44
-  assert resolved["derived"]["peak_learning_rate"] == 0.25
+  assert resolved["derived"]["peak_learning_rate"] == 0.5
   assert resolved["config"]["model"]["depth"] == [1, 1]
   steps = {path.name for path in (finished / "checkpoints").iterdir()}
   assert steps == {"35", "42", "44"}
