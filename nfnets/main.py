@@ -25,7 +25,7 @@ _CONFIG_HELP = (
   "has one, else configs/digits.py)"
 )
 
-_PICTURES = (".png", ".jpg", ".webp", ".pdf", ".svg")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 _WEIGHTS_HELP = (
   "or weights: a file (ours, a released F*_haiku.npz, timm's safetensors) or a "

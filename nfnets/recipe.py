@@ -186,9 +186,9 @@ def resolve(config: ConfigDict) -> Recipe:
   """
   check(config)
   if config.model.name is None or None in _preprocessing(config).values():
-    folder = config.data.dir
+    folder = config.data.dir if config.data.source == "folder" else None
     if folder is not None and not Path(folder).is_dir():
-      # Said before weights are downloaded.
+      # Said before weights are downloaded. (A TFDS folder may be remote.)
       raise InputError(f"--config.data.dir={folder}: there is no such folder")
     config = fill(config, _card_of_start(config))
   columns = config.model.to_dict()
