@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 export PIP_CACHE_DIR=$venv/cache/pip XDG_CACHE_HOME=$venv/cache
 export MPLCONFIGDIR=$venv/cache/matplotlib NFNETS_RUNS=${NFNETS_RUNS-$root/runs}
-export PYTHONPYCACHEPREFIX=$venv/cache/python PIP_DISABLE_PIP_VERSION_CHECK=1
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 fail() {
   echo "$1" >&2
