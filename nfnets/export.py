@@ -20,13 +20,16 @@ _MOST_BYTES = 2**31 - 2**24
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(source: str | Path, out: Path) -> list[Path]:
+def export(
+  source: str | Path, out: Path, *, is_int8: bool = False
+) -> list[Path]:
   """Writes weights, or a program with the weights inside, and a model card.
 
   Args:
     source: What `pretrained.load` takes.
     out: `.safetensors` or `.npz` (weights), `.stablehlo` (a program for
       `jax.export.deserialize`), `.onnx`.
+    is_int8: See `pretrained.save`; of weights only.
 
   Returns:
     The files that were written.
@@ -35,11 +38,19 @@ def export(source: str | Path, out: Path) -> list[Path]:
     InputError: for another ending, or weights that nobody knows the network of.
   """
   check_output(out, WRITERS)
+  if is_int8 and WRITERS[out.suffix] is not pretrained.save:
+    raise InputError(
+      f"{out}: int8 is for files of weights (.safetensors, .npz); programs "
+      "compute with float32"
+    )
   params, card = pretrained.load_with_known_card(source)
   card = card._replace(source=card.source or str(source))
-  WRITERS[out.suffix](out, params, card)
+  if is_int8:
+    pretrained.save(out, params, card, is_int8=True)
+  else:
+    WRITERS[out.suffix](out, params, card)
   text = out.with_name(f"{out.name}.md")
-  text.write_text(model_card(card, out))
+  text.write_text(model_card(card, out, is_int8=is_int8))
   return [out, text]
 
 

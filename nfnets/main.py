@@ -151,6 +151,12 @@ def _make_parser() -> argparse.ArgumentParser:
     ".npz, a .stablehlo program for JAX, or .onnx; a model card, OUT.md, is "
     "written beside it",
   )
+  command.add_argument(
+    "--int8",
+    action="store_true",
+    help="weights in a quarter of the bytes: kernels and matrices rounded to "
+    "255 levels for each output channel",
+  )
   command.add_argument("--workdir", type=Path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
 
@@ -310,7 +316,7 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
   _check_workdir(args)
   from nfnets import export
 
-  for path in export.export(source, args.out):
+  for path in export.export(source, args.out, is_int8=args.int8):
     print(f"wrote {path} ({path.stat().st_size / 1e6:,.2f} MB)")
 
 

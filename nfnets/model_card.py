@@ -43,6 +43,11 @@ probabilities differ a little.
 
 """
 
+_INT8 = (
+  ", kernels and matrices as int8: times `NAME.scale`, one for each output "
+  "channel, they are the weights"
+)
+
 # By the ending: what to import, and the call.
 _CALLS = {
   ".stablehlo": (
@@ -81,7 +86,7 @@ _CROPS = {
 }
 
 
-def model_card(card: Card, path: Path) -> str:
+def model_card(card: Card, path: Path, *, is_int8: bool = False) -> str:
   """What a person needs to know to use a file, as Markdown."""
   model = card.make_model()
   numbers = {
@@ -98,7 +103,8 @@ def model_card(card: Card, path: Path) -> str:
     "file": f"`{path.name}`",
     "network": card.model + (f" with {columns}" if columns else ""),
     "weights from": card.source,
-    "parameters": f"{model.count_params():,}",
+    "parameters": f"{model.count_params():,}"
+    + (_INT8 if is_int8 else ", float32"),
     "multiply-accumulates": f"{macs:.2f} billion",
     "images": f"RGB, {crop}",
     "mean of the colours": f"{_listed(card.mean)} (of 0 to 255)",

@@ -3,6 +3,8 @@
 Our own files hold the leaves of the two-level parameter dict under
 "module/name" keys, as safetensors or as plain npz (no pickle in either), and
 optionally a `Card`: enough to rebuild the network and prepare images for it.
+Matrices and kernels may be int8 there, with a float32 scale for each output
+channel under "module/name.scale"; they are float32 again once loaded.
 The released pickles and timm's safetensors are read too.
 """
 
@@ -27,6 +29,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Where the card is: safetensors metadata, and an npz entry (JSON as bytes).
 _CARD_KEY = "nfnets"
+
+_SCALE = ".scale"  # After the key of an int8 array: of its scales.
 
 
 def load(source: str | Path, *, is_average: bool = True) -> Params:
@@ -139,6 +143,7 @@ def load_file(
     params = timm.to_ours(flat, model, trained_in_timm=trained_in_timm)
     return params, _published_card(model, path)
   params: Params = {}
+  flat = _dequantize(flat, path)
   for key, value in flat.items():
     module, _, name = key.rpartition("/")
     params.setdefault(module, {})[name] = value.astype(np.float32, copy=False)
@@ -247,15 +252,27 @@ def check(params: Any, model: models.Model, origin: str) -> None:
     raise _mismatch(origin, expected, theirs)
 
 
-def save(path: str | Path, params: Any, card: Card | None = None) -> None:
+def save(
+  path: str | Path,
+  params: Any,
+  card: Card | None = None,
+  *,
+  is_int8: bool = False,
+) -> None:
   """Writes weights as `.safetensors` or `.npz`, by the name's ending.
+
+  Args:
+    path, params, card: Where to, what, and what it is.
+    is_int8: Whether matrices and kernels are rounded to 255 levels for each
+      output channel, a quarter of the bytes.
 
   Raises:
     InputError: for another ending.
   """
   path = Path(path)
   text = json.dumps(card._asdict()) if card is not None else None
-  save_tensors(path, _flatten(params), text)
+  flat = _flatten(params)
+  save_tensors(path, _quantize(flat) if is_int8 else flat, text)
 
 
 def save_tensors(
@@ -276,6 +293,35 @@ def save_tensors(
   else:
     raise InputError(f"{path}: weights are saved as .safetensors or .npz")
   os.replace(partial, path)
+
+
+def _quantize(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Matrices and kernels as int8, symmetric about 0, and their scales."""
+  found = {}
+  for key, value in flat.items():
+    found[key] = value
+    if value.ndim > 1:
+      largest = np.max(np.abs(value), axis=tuple(range(value.ndim - 1)))
+      scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+      found[key] = np.rint(value / scale).astype(np.int8)
+      found[key + _SCALE] = scale
+  return found
+
+
+def _dequantize(
+  flat: dict[str, np.ndarray], path: Path
+) -> dict[str, np.ndarray]:
+  """Undoes `_quantize`, up to its rounding; other arrays as they are."""
+  found = {}
+  for key, value in flat.items():
+    if value.dtype == np.int8:
+      scale = flat.get(key + _SCALE)
+      if scale is None or scale.shape != value.shape[-1:]:
+        raise InputError(f"{path} is damaged: {key} is int8 without its scales")
+      found[key] = value * scale
+    elif not key.endswith(_SCALE):
+      found[key] = value
+  return found
 
 
 def _read_pickle(path: Path):

@@ -172,6 +172,8 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     )
     in_flight = _InFlight(r, checkpoints, bar, log)
     result = None
+    if not is_over:
+      bar.say("compiling the train step; of large networks that takes minutes")
     for step in range(start + 1, start if is_over else r.total_steps + 1):
       batch = devices.shard_batch(next(data), mesh)
       state, values = train_step(state, batch)

@@ -232,6 +232,7 @@ def test_the_model_card_says_what_a_user_needs(tmp_path):
       r"its name must end in .safetensors, .npz, ",
     ),
     (["a/b.onnx", "--weights=w.npz"], 1, r"there is no folder .*/a"),
+    (["b.onnx", "--weights=w.npz", "--int8"], 1, r"int8 is for files of weig"),
     (["b.onnx", "--weights=absent.npz"], 1, r"no such weights file"),
     (["b.onnx", "--weights=nfnet_f0"], 2, r"did you mean dm_nfnet_f0"),
     (["b.onnx", "--workdir=absent"], 1, r"absent does not exist"),
@@ -247,6 +248,20 @@ def test_what_cannot_be_exported(
 
   assert re.search(pattern, result.stderr), result.stderr
   assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_as_int8_through_the_command_line(nfnets, tmp_path):
+  params, images = _drawn(CARD), _images(CARD)
+  pretrained.save(tmp_path / "w.npz", params, CARD)
+  result = nfnets(
+    "export", "q.safetensors", "--weights=w.npz", "--int8", cwd=tmp_path
+  )
+  assert result.returncode == 0, result.stderr
+  assert "as int8" in (tmp_path / "q.safetensors.md").read_text()
+  loaded, card = pretrained.load_with_card(tmp_path / "q.safetensors")
+  assert card == CARD
+  expected, logits = (_logits(CARD, p, images) for p in (params, loaded))
+  assert 0 < np.max(np.abs(logits - expected)) < 0.05 * np.std(expected)
 
 
 def test_weights_without_a_card_are_not_exported(tmp_path):

@@ -41,6 +41,36 @@ def test_round_trip(tmp_path, params, ending, card):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
+@pytest.mark.parametrize("card", [CARD, None])
+def test_int8_is_within_half_a_level(tmp_path, params, ending, card):
+  path, full = tmp_path / f"weights.{ending}", tmp_path / f"full.{ending}"
+  params = jax.tree.map(np.copy, params)
+  next(v["w"] for v in params.values() if "gain" in v)[..., 0] = 0  # A channel.
+  pretrained.save(path, params, card, is_int8=True)
+  pretrained.save(full, params, card)
+  loaded, loaded_card = pretrained.load_with_card(path)
+  assert loaded_card == card
+  for (where, old), new in zip(
+    jax.tree.leaves_with_path(params), jax.tree.leaves(loaded), strict=True
+  ):
+    assert new.dtype == np.float32
+    if old.ndim < 2:
+      np.testing.assert_array_equal(old, new)
+      continue
+    level = np.max(np.abs(old), axis=tuple(range(old.ndim - 1))) / 127
+    assert np.all(np.abs(new - old) <= 0.501 * level), where
+    assert len(np.unique(new)) > 1
+  assert path.stat().st_size < 0.7 * full.stat().st_size  # Names add up.
+
+
+def test_int8_without_scales(tmp_path):
+  path = tmp_path / "weights.npz"
+  np.savez(path, **{"NFNet/~/x/w": np.ones((2, 3), np.int8)})
+  with pytest.raises(InputError, match="x/w is int8 without its scales"):
+    pretrained.load(path)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_files_cut_short(tmp_path, params, ending, share):
   path = tmp_path / f"weights.{ending}"
