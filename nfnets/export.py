@@ -1,5 +1,6 @@
 """The story of leaving: weights and programs that run without this package."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +39,17 @@ def export(
     InputError: for another ending, or weights that nobody knows the network of.
   """
   check_output(out, WRITERS)
-  if is_int8 and WRITERS[out.suffix] is not pretrained.save:
-    raise InputError(
-      f"{out}: int8 is for files of weights (.safetensors, .npz); programs "
-      "compute with float32"
-    )
+  write = WRITERS[out.suffix]
+  if is_int8:
+    if write is not pretrained.save:
+      raise InputError(
+        f"{out}: int8 is for files of weights (.safetensors, .npz); programs "
+        "compute with float32"
+      )
+    write = functools.partial(write, is_int8=True)
   params, card = pretrained.load_with_known_card(source)
   card = card._replace(source=card.source or str(source))
-  if is_int8:
-    pretrained.save(out, params, card, is_int8=True)
-  else:
-    WRITERS[out.suffix](out, params, card)
+  write(out, params, card)
   text = out.with_name(f"{out.name}.md")
   text.write_text(model_card(card, out, is_int8=is_int8))
   return [out, text]

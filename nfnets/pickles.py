@@ -30,7 +30,7 @@ def is_pickle(head: bytes) -> bool:
 
 
 def load(path: Path) -> dict[str, dict[str, np.ndarray]]:
-  """The two-level dict of arrays that a pickle holds.
+  """The two-level dict of arrays that a pickle holds, as float32.
 
   Raises:
     RefusedError: when it asks for anything else.
@@ -212,7 +212,7 @@ def _plain(tree: Any) -> dict[str, dict[str, np.ndarray]]:
   def array(leaf: Any) -> np.ndarray:
     if type(leaf) is not _Array or leaf.value is None:
       raise ValueError(f"a {type(leaf).__name__} where an array should be")
-    return leaf.value
+    return leaf.value.astype(np.float32, copy=False)
 
   if not tree:
     raise ValueError("nothing in it")

@@ -312,15 +312,13 @@ def _dequantize(
   flat: dict[str, np.ndarray], path: Path
 ) -> dict[str, np.ndarray]:
   """Undoes `_quantize`, up to its rounding; other arrays as they are."""
-  found = {}
+  found = dict(flat)
   for key, value in flat.items():
     if value.dtype == np.int8:
-      scale = flat.get(key + _SCALE)
+      scale = found.pop(key + _SCALE, None)
       if scale is None or scale.shape != value.shape[-1:]:
         raise InputError(f"{path} is damaged: {key} is int8 without its scales")
       found[key] = value * scale
-    elif not key.endswith(_SCALE):
-      found[key] = value
   return found
 
 
