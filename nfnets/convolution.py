@@ -17,6 +17,9 @@ import jax.numpy as jnp
 
 from nfnets.errors import unknown
 
+# An activation, or the parts of it that each group of channels is.
+Parts = jax.Array | list[jax.Array]
+
 # Kernel gradients of `products`, by the pixels of the output: from the first
 # number on they are products rather than XLA's convolution; from the second on
 # image by image, as what a kernel position sees of a whole batch no longer fits
@@ -26,24 +29,26 @@ _PIXELS_FOR_IMAGES = 1024
 
 
 def conv2d(
-  x: jax.Array,
+  x: Parts,
   w: jax.Array,
   *,
   stride: int = 1,
   groups: int = 1,
   padding: str = "same",
   form: str | None = None,
-) -> jax.Array:
+) -> Parts:
   """2-D convolution.
 
   Args:
-    x: [N, H, W, C_in].
+    x: [N, H, W, C_in], or its parts as this returned them.
     w: [height, width, C_in / groups, C_out], dtype of x.
     padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
     form: Of FORMS; None: the one that is fast on JAX's default backend.
 
   Returns:
-    [N, ceil(H / stride), ceil(W / stride), C_out].
+    [N, ceil(H / stride), ceil(W / stride), C_out]. With groups, `products`
+    leaves it in the parts that it computes, [..., C_out / groups] each: what is
+    grouped again needs no copies, and `join` puts the others together.
 
   Raises:
     InputError: for an unknown form.
@@ -53,6 +58,11 @@ def conv2d(
   if form not in FORMS:
     raise unknown("form of convolution", form, FORMS)
   return FORMS[form](x, w, stride=stride, groups=groups, padding=padding)
+
+
+def join(x: Parts) -> jax.Array:
+  """The whole activation."""
+  return jnp.concatenate(x, axis=-1) if isinstance(x, list) else x
 
 
 def xla(x, w, *, stride, groups, padding):
@@ -70,13 +80,13 @@ def xla(x, w, *, stride, groups, padding):
 def split(x, w, *, stride, groups, padding):
   """One dense convolution per group."""
   dense = functools.partial(xla, stride=stride, groups=1, padding=padding)
-  return _by_group(dense, x, w, groups)
+  return join(_by_group(dense, x, w, groups))
 
 
 def products(x, w, *, stride, groups, padding):
   """1x1 as a matrix product, others per group, kernel gradients as products."""
   if w.shape[:2] == (1, 1) and groups == 1:
-    x = x[:, ::stride, ::stride]
+    x = join(x)[:, ::stride, ::stride]
     return (_as_matrix(x) @ w[0, 0]).reshape(*x.shape[:3], w.shape[-1])
   dense = functools.partial(_dense, stride=stride, padding=padding)
   return _by_group(dense, x, w, groups)
@@ -88,13 +98,13 @@ def portable(x, w, *, stride, groups, padding):
   return jax.lax.platform_dependent(
     x,
     w,
-    cpu=functools.partial(products, **options),
+    cpu=lambda x, w: join(products(x, w, **options)),
     default=functools.partial(xla, **options),
   )
 
 
 # Name -> function of (x, w, stride, groups, padding).
-FORMS: dict[str, Callable[..., jax.Array]] = {
+FORMS: dict[str, Callable[..., Parts]] = {
   "xla": xla,
   "split": split,
   "products": products,
@@ -102,13 +112,12 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _by_group(dense: Callable[..., jax.Array], x, w, groups):
+def _by_group(dense: Callable[..., jax.Array], x, w, groups) -> Parts:
   if groups == 1:
-    return dense(x, w)
-  parts = zip(
-    jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=-1), strict=True
-  )
-  return jnp.concatenate([dense(a, b) for a, b in parts], axis=-1)
+    return dense(join(x), w)
+  parts = x if isinstance(x, list) else jnp.split(x, groups, axis=-1)
+  kernels = jnp.split(w, groups, axis=-1)
+  return [dense(a, b) for a, b in zip(parts, kernels, strict=True)]
 
 
 def _dense(x, w, *, stride, padding):
@@ -171,16 +180,15 @@ def _kernel_gradient(x, dy, *, size, stride, pads):
     for i in range(size[0])
     for j in range(size[1])
   ]
+  # Transposed once, before the products: inside them it takes longer. Without
+  # the barrier XLA would make it a part of them again.
+  dy = jax.lax.optimization_barrier(_as_matrix(dy).T)  # [C_out, N H' W']
   products = [
-    jax.lax.dot_general(
-      _as_matrix(tap),
-      _as_matrix(dy),
-      (((0,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
+    jnp.matmul(dy, _as_matrix(tap), preferred_element_type=jnp.float32)
     for tap in taps
-  ]
-  return jnp.stack(products).reshape(*size, x.shape[-1], dy.shape[-1])
+  ]  # [C_out, C_in] each
+  dw = jnp.stack(products).transpose(0, 2, 1)
+  return dw.reshape(*size, *dw.shape[1:])
 
 
 def _as_matrix(x: jax.Array) -> jax.Array:

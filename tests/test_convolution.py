@@ -1,7 +1,5 @@
 """Convolution: every form computes what XLA's own does, gradients too."""
 
-import functools
-
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -41,7 +39,9 @@ def test_forms_are_equal(height, width, stride, padding, kernel, groups, form):
   seen = _normal(2, *shape)
 
   def value_and_gradients(form):
-    convolve = functools.partial(convolution.conv2d, form=form, **options)
+    convolve = lambda x, w: convolution.join(
+      convolution.conv2d(x, w, form=form, **options)
+    )
     out, back = jax.vjp(convolve, x, w)
     return out, *back(seen)
 
@@ -62,7 +62,9 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
   seen = _normal(2, 2, size, size, 8).astype(jnp.bfloat16)
 
   def value_and_gradients(x, w, seen, form):
-    convolve = functools.partial(convolution.conv2d, groups=2, form=form)
+    convolve = lambda x, w: convolution.join(
+      convolution.conv2d(x, w, groups=2, form=form)
+    )
     out, back = jax.vjp(convolve, x, w)
     return out, *back(seen)
 
@@ -75,6 +77,23 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
     np.testing.assert_allclose(
       a.astype(jnp.float32), b, rtol=2**-6, atol=2**-6 * abs(b).max()
     )
+
+
+def test_parts_are_convolved_as_the_whole():
+  x, *kernels = (
+    _normal(0, 2, 8, 8, 12),
+    *(_normal(i, 3, 3, 4, 12) for i in (1, 2)),
+  )
+
+  def twice(form):
+    out = x
+    for w in kernels:
+      out = convolution.conv2d(out, w, groups=3, form=form)
+    out = jax.tree.map(jnp.tanh, out)
+    return convolution.conv2d(out, _normal(3, 1, 1, 12, 5), form=form)
+
+  ours = twice("products")
+  np.testing.assert_allclose(ours, twice("xla"), rtol=1e-4, atol=1e-5)
 
 
 def test_a_portable_program_has_the_form_of_each_platform():
