@@ -61,5 +61,5 @@ setup(
       "tensorflow-datasets",
     ],
   },
-  entry_points={"console_scripts": ["nfnets=nfnets.main:main"]},
+  entry_points={"console_scripts": ["nfnets=nfnets.main:start"]},
 )
