@@ -112,6 +112,14 @@ def data_parallel(
   return jax.jit(mapped, donate_argnums=tuple(donate_argnums))
 
 
+def mean(tree: Any) -> Any:
+  """Over the devices, inside of `data_parallel`.
+
+  Of one device it is the tree itself; XLA on a CPU would copy all of it.
+  """
+  return jax.lax.pmean(tree, AXIS) if jax.lax.axis_size(AXIS) > 1 else tree
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts this host's part of a batch (NumPy) on its devices."""
   sharding = NamedSharding(mesh, PartitionSpec(AXIS))

@@ -180,14 +180,17 @@ def make_train_step(
 
     model_key = jax.random.fold_in(model_key, device)
     results = mean_gradient(train_state, augmented, model_key)
-    grads, (state, metrics) = jax.lax.pmean(results, devices.AXIS)
+    grads, (state, metrics) = devices.mean(results)
 
     updates, opt_state = optimizer.update(
       grads, train_state.opt_state, train_state.params
     )
     params = optax.apply_updates(train_state.params, updates)
 
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    # From what clipping computes too, which XLA then does once.
+    metrics["grad_norm"] = optax.tree.norm(
+      jax.tree.map(agc.unitwise_norm, grads)
+    )
     metrics["param_norm"] = optax.tree.norm(params)
     clipping = agc.find_state(opt_state)
     for part, values in clipping.statistics.items() if clipping else ():
