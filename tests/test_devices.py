@@ -39,6 +39,17 @@ def test_replicated_copies_can_be_donated_without_losing_the_source():
   np.testing.assert_array_equal(double, [0, 2, 4])
 
 
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_one_device_has_no_mean_to_take(num_devices):
+  mesh = devices.make_mesh(num_devices)
+  mean = devices.data_parallel(devices.mean, mesh, in_batch=(True,))
+  values = np.arange(8.0, dtype=np.float32)
+  parts = values.reshape(num_devices, -1)
+  np.testing.assert_allclose(mean(values), parts.mean(axis=0))
+  compiled = mean.lower(values).compile().as_text()
+  assert ("all-reduce" in compiled) == (num_devices > 1)
+
+
 def test_batches_are_split_on_their_first_dimension():
   mesh = devices.make_mesh(4)
   batch = devices.shard_batch(np.arange(8), mesh)

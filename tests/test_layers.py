@@ -22,6 +22,16 @@ def test_standardized_kernels_have_zero_mean_and_squares_of_gain(shape):
   np.testing.assert_allclose(jnp.sum(w**2, (0, 1, 2)), gain**2, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+  ("mean", "error"), [(0, 5e-7), (1, 1e-6), (3, 4e-6), (10, 1e-4)]
+)
+def test_standardization_next_to_double_precision(mean, error):
+  w = np.asarray(mean + _normal(3, 3, 128, 32)) / 36
+  ours = layers.standardize(jnp.asarray(w), jnp.ones(32))
+  exact = layers.folded_kernel(w.astype(np.float64), np.ones(32))
+  assert abs(ours - exact).max() <= error * abs(exact).max()
+
+
 def test_standardization_has_a_floor_instead_of_a_summand():
   w = _normal(3, 3, 8, 4)
   ones = jnp.ones(4)

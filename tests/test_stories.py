@@ -411,6 +411,28 @@ def test_info(nfnets):
   assert re.search(r"classifier weight +no +yes +1 +3,072,000", groups)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own setting")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.perturb=0"])
+def test_a_command_starts_with_large_pages_unless_told_otherwise(given):
+  code = (
+    "import os, sys; from nfnets import main;"
+    "main.main = lambda: print(os.getpid(), os.environ['GLIBC_TUNABLES'],"
+    " sys.argv[1:]); main.start()"
+  )
+  variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+  if given:
+    variables["GLIBC_TUNABLES"] = given
+  with subprocess.Popen(
+    [sys.executable, "-c", code, "a b", "--c=1"],
+    env=variables,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    seen = process.stdout.read().strip()
+  wanted = given or "glibc.malloc.hugetlb=1"
+  assert seen == f"{process.pid} {wanted} ['a b', '--c=1']"
+
+
 def test_help_is_quick_and_complete(nfnets):
   start = time.monotonic()
   text = nfnets("--help").stdout
