@@ -67,6 +67,7 @@ def join(x: Parts) -> jax.Array:
 
 def xla(x, w, *, stride, groups, padding):
   """As XLA has it: one operation, grouped if need be."""
+  x = join(x)
   return jax.lax.conv_general_dilated(
     x,
     w,

@@ -166,8 +166,8 @@ class WSConv2D(hk.Module):
 
   def __call__(self, x: Parts) -> Parts:  # [N, H, W, C_in]
     size, channels = self.kernel_size, self.output_channels
-    inputs = sum(part.shape[-1] for part in jax.tree.leaves(x))
-    dtype = jax.tree.leaves(x)[0].dtype
+    parts = jax.tree.leaves(x)
+    dtype, inputs = parts[0].dtype, sum(part.shape[-1] for part in parts)
     shape = (size, size, inputs // self.groups, channels)
     # Standardisation makes the network insensitive to the scale.
     init = Draw("normal", math.prod(shape[:-1]) ** -0.5)

@@ -37,7 +37,7 @@ _WEIGHTS_HELP = (
 # the memory of a program on a CPU anew at every call, and each page of it is
 # cleared: with small ones a fifth of the time of F0's gradient goes there
 # (experiments/speed.md).
-_LARGE_PAGES = "glibc.malloc.hugetlb=1"
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def start() -> int:
@@ -47,7 +47,7 @@ def start() -> int:
   one begins again, with the same arguments and process id.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = _LARGE_PAGES
+    os.environ["GLIBC_TUNABLES"] = LARGE_PAGES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
   return main()
 

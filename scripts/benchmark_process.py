@@ -10,11 +10,13 @@ from pathlib import Path
 
 from benchmark_worker import Job
 
+from nfnets.main import LARGE_PAGES
+
 # No compilation may come from an earlier run; several processes share a GPU,
 # so none takes it all; and libraries keep to themselves what they think. Large
 # pages are what `nfnets` starts with; PyTorch gets them too.
 _ENVIRONMENT = {
-  "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+  "GLIBC_TUNABLES": LARGE_PAGES,
   "JAX_ENABLE_COMPILATION_CACHE": "false",
   "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   "TF_CPP_MIN_LOG_LEVEL": "3",

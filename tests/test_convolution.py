@@ -79,21 +79,23 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
     )
 
 
-def test_parts_are_convolved_as_the_whole():
-  x, *kernels = (
-    _normal(0, 2, 8, 8, 12),
-    *(_normal(i, 3, 3, 4, 12) for i in (1, 2)),
-  )
+@pytest.mark.parametrize("last", sorted(convolution.FORMS))
+def test_parts_are_convolved_as_the_whole(last):
+  x = _normal(0, 2, 8, 8, 12)
+  shapes = {(3, 3, 4, 12): 3, (5, 5, 4, 12): 3, (1, 1, 12, 5): 1}
 
-  def twice(form):
+  def run(*forms):
     out = x
-    for w in kernels:
-      out = convolution.conv2d(out, w, groups=3, form=form)
-    out = jax.tree.map(jnp.tanh, out)
-    return convolution.conv2d(out, _normal(3, 1, 1, 12, 5), form=form)
+    for (shape, groups), form in zip(shapes.items(), forms, strict=True):
+      out = convolution.conv2d(
+        out, _normal(1, *shape), groups=groups, form=form
+      )
+      out = jax.tree.map(jnp.tanh, out)
+    return out
 
-  ours = twice("products")
-  np.testing.assert_allclose(ours, twice("xla"), rtol=1e-4, atol=1e-5)
+  whole = run("xla", "xla", "xla")
+  for forms in (("products", last, "xla"), ("products", "products", last)):
+    np.testing.assert_allclose(run(*forms), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_portable_program_has_the_form_of_each_platform():
