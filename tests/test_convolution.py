@@ -1,5 +1,7 @@
 """Convolution: every form computes what XLA's own does, gradients too."""
 
+import re
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,32 @@ def test_parts_are_convolved_as_the_whole(last):
   whole = run("xla", "xla", "xla")
   for forms in (("products", last, "xla"), ("products", "products", last)):
     np.testing.assert_allclose(run(*forms), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="`products` are for the CPU"
+)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [8, 40, 64])
+def test_loops_keep_to_the_layout_that_is_fast_on_cpu(size, stride):
+  w = _normal(1, 3, 3, 4, 8)
+  x = _normal(0, 3, 2, size, size, 8)
+
+  def loss(w, x):
+    out = convolution.conv2d(x, w, stride=stride, groups=2, form="products")
+    return jnp.sum(convolution.join(out) ** 2)
+
+  def sum_of_gradients(w, x):
+    add = lambda sums, x: (
+      jax.tree.map(jnp.add, sums, jax.grad(loss, (0, 1))(w, x)),
+      None,
+    )
+    return jax.lax.scan(add, (w, x[0]), x)[0]
+
+  program = jax.jit(sum_of_gradients).lower(w, x).compile().as_text()
+  # XLA rewrites others into this one, but not inside of a loop.
+  layouts = set(re.findall(r"dim_labels=([\w>-]+)", program))
+  assert layouts == {"b01f_01io->b01f"}
 
 
 def test_a_portable_program_has_the_form_of_each_platform():
