@@ -15,10 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nfnets import winograd
 from nfnets.errors import unknown
-
-# An activation, or the parts of it that each group of channels is.
-Parts = jax.Array | list[jax.Array]
 
 # Kernel gradients of `products`, by the pixels of the output: from the first
 # number on they are products rather than XLA's convolution; from the second on
@@ -27,28 +25,30 @@ Parts = jax.Array | list[jax.Array]
 _PIXELS_FOR_PRODUCTS = 400
 _PIXELS_FOR_IMAGES = 1024
 
+# The smallest images and kernels that it takes Winograd's algorithm for.
+_HEIGHT_FOR_WINOGRAD = 8
+_CHANNELS_FOR_WINOGRAD = 64
+
 
 def conv2d(
-  x: Parts,
+  x: jax.Array,
   w: jax.Array,
   *,
   stride: int = 1,
   groups: int = 1,
   padding: str = "same",
   form: str | None = None,
-) -> Parts:
+) -> jax.Array:
   """2-D convolution.
 
   Args:
-    x: [N, H, W, C_in], or its parts as this returned them.
+    x: [N, H, W, C_in].
     w: [height, width, C_in / groups, C_out], dtype of x.
     padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
     form: Of FORMS; None: the one that is fast on JAX's default backend.
 
   Returns:
-    [N, ceil(H / stride), ceil(W / stride), C_out]. With groups, `products`
-    leaves it in the parts that it computes, [..., C_out / groups] each: what is
-    grouped again needs no copies, and `join` puts the others together.
+    [N, ceil(H / stride), ceil(W / stride), C_out], dtype of x.
 
   Raises:
     InputError: for an unknown form.
@@ -60,14 +60,8 @@ def conv2d(
   return FORMS[form](x, w, stride=stride, groups=groups, padding=padding)
 
 
-def join(x: Parts) -> jax.Array:
-  """The whole activation."""
-  return jnp.concatenate(x, axis=-1) if isinstance(x, list) else x
-
-
 def xla(x, w, *, stride, groups, padding):
   """As XLA has it: one operation, grouped if need be."""
-  x = join(x)
   return jax.lax.conv_general_dilated(
     x,
     w,
@@ -81,16 +75,16 @@ def xla(x, w, *, stride, groups, padding):
 def split(x, w, *, stride, groups, padding):
   """One dense convolution per group."""
   dense = functools.partial(xla, stride=stride, groups=1, padding=padding)
-  return join(_by_group(dense, x, w, groups))
+  outs = map(dense, jnp.split(x, groups, -1), jnp.split(w, groups, -1))
+  return jnp.concatenate(list(outs), -1)
 
 
 def products(x, w, *, stride, groups, padding):
-  """1x1 as a matrix product, others per group, kernel gradients as products."""
+  """1x1 as a product, others group by group, with fast ways to gradients."""
   if w.shape[:2] == (1, 1) and groups == 1:
-    x = join(x)[:, ::stride, ::stride]
+    x = x[:, ::stride, ::stride]
     return (_as_matrix(x) @ w[0, 0]).reshape(*x.shape[:3], w.shape[-1])
-  dense = functools.partial(_dense, stride=stride, padding=padding)
-  return _by_group(dense, x, w, groups)
+  return _by_group(x, w, stride=stride, groups=groups, padding=padding)
 
 
 def portable(x, w, *, stride, groups, padding):
@@ -99,13 +93,13 @@ def portable(x, w, *, stride, groups, padding):
   return jax.lax.platform_dependent(
     x,
     w,
-    cpu=lambda x, w: join(products(x, w, **options)),
+    cpu=functools.partial(products, **options),
     default=functools.partial(xla, **options),
   )
 
 
 # Name -> function of (x, w, stride, groups, padding).
-FORMS: dict[str, Callable[..., Parts]] = {
+FORMS: dict[str, Callable[..., jax.Array]] = {
   "xla": xla,
   "split": split,
   "products": products,
@@ -113,55 +107,90 @@ FORMS: dict[str, Callable[..., Parts]] = {
 }
 
 
-def _by_group(dense: Callable[..., jax.Array], x, w, groups) -> Parts:
-  if groups == 1:
-    return dense(join(x), w)
-  parts = x if isinstance(x, list) else jnp.split(x, groups, axis=-1)
-  kernels = jnp.split(w, groups, axis=-1)
-  return [dense(a, b) for a, b in zip(parts, kernels, strict=True)]
-
-
-def _dense(x, w, *, stride, padding):
-  """`xla` without groups; its kernel gradient is a sum of products.
-
-  The gradient of the kernel at one of its positions ("tap") is the product of
-  what that position sees of the image with the gradient of the output.
-  """
-  dense = functools.partial(xla, stride=stride, groups=1, padding=padding)
+@functools.partial(jax.jit, static_argnames=("stride", "groups", "padding"))
+def _by_group(x, w, *, stride, groups, padding):
+  """A dense convolution for each group, one after the other."""
+  kernel = (*w.shape[:3], w.shape[3] // groups)
+  if _is_for_winograd(x, kernel, stride):
+    run, gradients = winograd.convolve, winograd.gradients
+  else:
+    run = functools.partial(xla, stride=stride, groups=1, padding=padding)
+    pads = _pads(x.shape, kernel, stride, padding)
+    gradients = functools.partial(_gradients, stride=stride, pads=pads)
 
   @jax.custom_vjp
   def convolve(x, w):
-    return dense(x, w)
+    return _each_group(groups, lambda x, w: (run(x, w),), x, w)[0]
 
   def forward(x, w):
-    return dense(x, w), (x, w)
+    return convolve(x, w), (x, w)
 
   def backward(residuals, dy):
-    x, w = residuals
-    options = {
-      "stride": stride,
-      "pads": _pads(x.shape, w.shape, stride, padding),
-    }
-    dx = _input_gradient(dy, w, shape=x.shape, **options)
-    by_taps = functools.partial(_kernel_gradient, size=w.shape[:2], **options)
-    pixels = dy.shape[1] * dy.shape[2]
-    if pixels < _PIXELS_FOR_PRODUCTS:
-      dw = _kernel_gradient_as_convolution(x, dy, size=w.shape[:2], **options)
-    elif pixels < _PIXELS_FOR_IMAGES:
-      dw = by_taps(x, dy)
-    else:
-      dw = jax.lax.scan(
-        lambda dw, one: (dw + by_taps(one[0][None], one[1][None]), None),
-        jnp.zeros(w.shape, jnp.float32),
-        (x, dy),
-      )[0]
-    return dx, dw.astype(w.dtype)
+    return _each_group(groups, gradients, *residuals, dy)
 
   convolve.defvjp(forward, backward)
   return convolve(x, w)
 
 
-# The two gradients below are those that JAX derives, with operands transposed
+def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
+  return (
+    x.dtype == jnp.float32  # Of bfloat16 it would lose digits.
+    and kernel[:2] == (3, 3)
+    and stride == 1
+    and x.shape[1] >= _HEIGHT_FOR_WINOGRAD
+    and min(kernel[2:]) >= _CHANNELS_FOR_WINOGRAD
+  )
+
+
+def _each_group(
+  groups: int,
+  function: Callable[..., tuple[jax.Array, ...]],
+  *arrays: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """A function of each group of the last axis, in a loop: compiled once."""
+  if groups == 1:
+    return function(*arrays)
+
+  def part(array, i):
+    size = array.shape[-1] // groups
+    return jax.lax.dynamic_slice_in_dim(array, i * size, size, -1)
+
+  def step(i, wholes):
+    results = function(*(part(array, i) for array in arrays))
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(whole, result, start, -1)
+      for whole, result, start in zip(
+        wholes, results, [i * r.shape[-1] for r in results], strict=True
+      )
+    )
+
+  shapes = jax.eval_shape(function, *(part(array, 0) for array in arrays))
+  empty = tuple(
+    jnp.zeros((*s.shape[:-1], s.shape[-1] * groups), s.dtype) for s in shapes
+  )
+  return jax.lax.fori_loop(0, groups, step, empty)
+
+
+def _gradients(x, w, dy, *, stride, pads):
+  """Of a dense convolution's operands, for that of its output."""
+  options = {"stride": stride, "pads": pads}
+  dx = _input_gradient(dy, w, shape=x.shape, **options)
+  by_taps = functools.partial(_kernel_gradient, size=w.shape[:2], **options)
+  pixels = dy.shape[1] * dy.shape[2]
+  if pixels < _PIXELS_FOR_PRODUCTS:
+    dw = _kernel_gradient_as_convolution(x, dy, size=w.shape[:2], **options)
+  elif pixels < _PIXELS_FOR_IMAGES:
+    dw = by_taps(x, dy)
+  else:
+    dw = jax.lax.scan(
+      lambda dw, one: (dw + by_taps(one[0][None], one[1][None]), None),
+      jnp.zeros(w.shape, jnp.float32),
+      (x, dy),
+    )[0]
+  return dx, dw.astype(w.dtype)
+
+
+# The gradients below are those that JAX derives, with operands transposed
 # beforehand. XLA on CPU does that to the derived ones too, but outside of loops
 # alone: inside of one they took a path up to fifty times as slow.
 

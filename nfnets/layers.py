@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets import convolution
-from nfnets.convolution import Parts
 from nfnets.initial import Draw
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -140,7 +139,6 @@ class WSConv2D(hk.Module):
 
   Parameters: `w` [kernel, kernel, C_in / groups, C_out], `gain` [C_out],
   `bias` [C_out]. Folded, `w` is standardised already and there is no `gain`.
-  Activations may be in parts, see `convolution.conv2d`.
   """
 
   def __init__(
@@ -164,11 +162,9 @@ class WSConv2D(hk.Module):
     self.is_folded = is_folded
     self.form = form
 
-  def __call__(self, x: Parts) -> Parts:  # [N, H, W, C_in]
+  def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C_in]
     size, channels = self.kernel_size, self.output_channels
-    parts = jax.tree.leaves(x)
-    dtype, inputs = parts[0].dtype, sum(part.shape[-1] for part in parts)
-    shape = (size, size, inputs // self.groups, channels)
+    shape = (size, size, x.shape[-1] // self.groups, channels)
     # Standardisation makes the network insensitive to the scale.
     init = Draw("normal", math.prod(shape[:-1]) ** -0.5)
     w = hk.get_parameter("w", shape, jnp.float32, init)
@@ -178,17 +174,14 @@ class WSConv2D(hk.Module):
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
     out = convolution.conv2d(
       x,
-      w.astype(dtype),
+      w.astype(x.dtype),
       stride=self.stride,
       groups=self.groups,
       padding=self.padding,
       form=self.form,
     )
-    bias = bias.astype(dtype)
-    if isinstance(out, list):
-      bias = jnp.split(bias, len(out))
-    add = lambda part, bias: part + _along_channels(bias)
-    return jax.tree.map(add, out, bias)  # [N, H', W', C_out]
+    bias = _along_channels(bias.astype(x.dtype))
+    return out + bias  # [N, H', W', C_out]
 
 
 def _along_channels(vector: jax.Array) -> jax.Array:  # [C] -> [1, 1, 1, C]

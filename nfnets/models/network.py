@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets import convolution, layers
+from nfnets import layers
 from nfnets.initial import Draw
 from nfnets.models import plan as plans
 from nfnets.models.plan import Attention, Block, Conv, Plan
@@ -78,7 +78,7 @@ class NFBlock(hk.Module):
     Also returns the mean channel variance of the residual branch, a scalar.
     """
     block = self.block
-    act = functools.partial(jax.tree.map, self.activation)  # Of each part.
+    act = self.activation
     out = act(x) * jnp.asarray(drawn.beta, x.dtype)
 
     shortcut = x
@@ -90,7 +90,7 @@ class NFBlock(hk.Module):
     for i, conv in enumerate(convs):
       out = conv(act(out) if i else out)
     if block.attention is not None and block.attention.is_in_middle:
-      out = self._attend(convolution.join(out))
+      out = self._attend(out)
     out = last(act(out))
     if block.attention is not None and not block.attention.is_in_middle:
       out = self._attend(out)
