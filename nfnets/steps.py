@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nfnets import agc, devices, losses, optim, sam
+from nfnets import agc, devices, losses, models, optim, sam
 from nfnets.augment import Augment, Augmented, Normalization, make_augment
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
@@ -110,6 +110,9 @@ def make_train_step(
   """
   dtype = compute_dtype(precision)
   augment = augment or make_augment()
+  # Micro-batches share their weights, unless each climbs to its own.
+  is_shared = accumulate > 1 and not sam_rho
+  network = models.folded(model) if is_shared else model
 
   def loss_fn(params, state, batch: Augmented, key):
     if is_frozen is not None:
@@ -120,7 +123,7 @@ def make_train_step(
         params,
       )
     images = normalization(batch.images, dtype)
-    outputs, state = model.apply(params, state, key, images, is_training=True)
+    outputs, state = network.apply(params, state, key, images, is_training=True)
     logits = outputs["logits"]  # [N, K]
     own, partner = (
       jax.nn.one_hot(labels, model.num_classes)
@@ -145,15 +148,16 @@ def make_train_step(
 
   def mean_gradient(train_state: TrainState, batch: Augmented, key):
     """This device's gradient: the mean over its micro-batches."""
+    params = train_state.params
     if accumulate == 1:
-      return grad_fn(train_state.params, train_state.state, batch, key)
+      return grad_fn(params, train_state.state, batch, key)
+    if is_shared:  # Standardised once a step, in both directions.
+      params, pull_back = jax.vjp(models.standardize, params)
 
     def micro_step(carry, inputs):
       state, sums = carry
       micro_batch, micro_key = inputs
-      grads, (state, metrics) = grad_fn(
-        train_state.params, state, micro_batch, micro_key
-      )
+      grads, (state, metrics) = grad_fn(params, state, micro_batch, micro_key)
       return (state, jax.tree.map(jnp.add, sums, (grads, metrics))), None
 
     micro_batches = jax.tree.map(
@@ -161,7 +165,7 @@ def make_train_step(
     )
     zero = jnp.zeros(())
     sums = (
-      jax.tree.map(jnp.zeros_like, train_state.params),
+      jax.tree.map(jnp.zeros_like, params),
       {"loss": zero, "accuracy": zero},
     )
     (state, sums), _ = jax.lax.scan(
@@ -170,6 +174,8 @@ def make_train_step(
       (micro_batches, jax.random.split(key, accumulate)),
     )
     grads, metrics = jax.tree.map(lambda x: x / accumulate, sums)
+    if is_shared:
+      (grads,) = pull_back(grads)
     return grads, (state, metrics)
 
   def train_step(train_state: TrainState, batch: Batch):

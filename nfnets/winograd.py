@@ -86,19 +86,18 @@ def gradients(
   The transposed algorithm: of each position two products, with what the
   gradient of the output is at three neighbours.
   """
-  kernels = _combine(_FROM_KERNEL, list(w.transpose(0, 1, 3, 2)))
+  kernels = _combine(_FROM_KERNEL, list(w.transpose(0, 2, 1, 3)))
   of_input, of_kernel = [], []
   dy = jnp.pad(dy, ((0, 0), (0, 0), (1, 1), (0, 0)))
   for v, u, d in zip(
     _input_positions(x), kernels, _output_positions(dy), strict=True
   ):
     d = _neighbours(d)  # [N T W, 3 C_out]
-    dv = d @ u.reshape(-1, u.shape[-1])  # [N T W, C_in]
+    dv = jnp.tensordot(d, u.reshape(len(u), -1), (1, 1))  # [N T W, C_in]
     of_input.append(dv.reshape(v.shape))
     du = jnp.tensordot(v.reshape(-1, v.shape[-1]), d, (0, 0))
-    du = du.reshape(len(du), 3, -1)  # [C_in, 3, C_out]
-    of_kernel.append(du.transpose(1, 0, 2))
-  dw = jnp.stack(_combine(_FROM_KERNEL.T, of_kernel))
+    of_kernel.append(du.reshape(u.shape))  # [C_in, 3, C_out]
+  dw = jnp.stack(_combine(_FROM_KERNEL.T, of_kernel)).transpose(0, 2, 1, 3)
 
   # A tile's last two rows belong to the next tile too.
   rows = _combine(_FROM_INPUT.T, of_input)  # Six of [N, T, W, C_in].

@@ -26,6 +26,7 @@ FLOORS = (
     "pickles",
     "randaugment",
     "sam",
+    "winograd",
   ),
   ("augment", "data", "models", "optim"),
   (
@@ -55,6 +56,7 @@ FLOORS = (
 )
 # Within a floor: who may import a neighbour (no cycles: left to right only).
 NEIGHBOURS = {
+  "convolution": {"winograd"},
   "augment": {"data"},
   "checkpoint": {"steps"},
   "layers": {"convolution", "initial"},

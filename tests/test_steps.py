@@ -130,6 +130,30 @@ def test_accumulated_micro_batches_equal_one_batch():
   assert run[1][0]["clipped/all"] > 0.01
 
 
+def _primitives(jaxpr, in_loop=False):
+  """(name, whether it is inside of a loop) of every operation."""
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    yield name, in_loop
+    for value in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from _primitives(inner, in_loop or name == "scan")
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_micro_batches_share_standardised_weights(sam_rho):
+  """With SAM each climbs to its own."""
+  state, step, mesh = _setup(SMALL_MODEL, 1, accumulate=4, sam_rho=sam_rho)
+  batch = devices.shard_batch(_batches(0, 1, 16)[0], mesh)
+  program = jax.make_jaxpr(step)(devices.replicate(state, mesh), batch)
+  found = [
+    in_loop for name, in_loop in _primitives(program.jaxpr) if name == "rsqrt"
+  ]
+  assert found
+  assert any(found) == bool(sam_rho)
+
+
 @pytest.mark.parametrize(
   ("model", "sam_rho"), [(SMALL_MODEL, 0.0), (ONE_BLOCK, 0.05)]
 )

@@ -193,6 +193,17 @@ def _make(
   return Model(name, row, plan, num_classes, execution, init, apply)
 
 
+def folded(model: Model) -> Model:
+  """The same network for weights that are standardised already."""
+  execution = model.execution._replace(is_folded=True)
+  return _make(model.name, model.variant, model.num_classes, execution)
+
+
+def standardize(params: hk.Params) -> hk.Params:
+  """Weights for `folded`, as a function that has a gradient."""
+  return _fold(params, layers.standardize, map)
+
+
 def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
   """The same function with its weights standardised once and for all.
 
@@ -204,16 +215,17 @@ def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
     kernel that is convolved and there is no `gain`. Equal up to the rounding of
     float32.
   """
-
-  def fold_module(values):
-    folded = dict(values)
-    if "gain" in values:
-      folded["w"] = layers.folded_kernel(values["w"], folded.pop("gain"))
-    return folded
-
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    results = list(pool.map(fold_module, params.values()))
-  folded = dict(zip(params, results, strict=True))
-  execution = model.execution._replace(is_folded=True)
-  new = _make(model.name, model.variant, model.num_classes, execution)
-  return new, folded
+    return folded(model), _fold(params, layers.folded_kernel, pool.map)
+
+
+def _fold(
+  params: hk.Params, kernel_of: Callable[..., Any], map_: Callable[..., Any]
+) -> hk.Params:
+  def fold_module(values):
+    values = dict(values)
+    if "gain" in values:
+      values["w"] = kernel_of(values["w"], values.pop("gain"))
+    return values
+
+  return dict(zip(params, map_(fold_module, params.values()), strict=True))
