@@ -56,9 +56,9 @@ FLOORS = (
 )
 # Within a floor: who may import a neighbour (no cycles: left to right only).
 NEIGHBOURS = {
-  "convolution": {"winograd"},
   "augment": {"data"},
   "checkpoint": {"steps"},
+  "convolution": {"winograd"},
   "layers": {"convolution", "initial"},
   "model_card": {"card"},
   "onnx_graph": {"card"},
