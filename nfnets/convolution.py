@@ -25,7 +25,8 @@ from nfnets.errors import unknown
 _PIXELS_FOR_PRODUCTS = 400
 _PIXELS_FOR_IMAGES = 1024
 
-# The smallest images and kernels that it takes Winograd's algorithm for.
+# Where `products` takes Winograd's algorithm: from these sizes of images and
+# kernels on.
 _HEIGHT_FOR_WINOGRAD = 8
 _CHANNELS_FOR_WINOGRAD = 64
 
@@ -120,7 +121,7 @@ def _by_group(x, w, *, stride, groups, padding):
 
   @jax.custom_vjp
   def convolve(x, w):
-    return _each_group(groups, lambda x, w: (run(x, w),), x, w)[0]
+    return _each_group(groups, run, x, w)
 
   def forward(x, w):
     return convolve(x, w), (x, w)
@@ -143,11 +144,12 @@ def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
 
 
 def _each_group(
-  groups: int,
-  function: Callable[..., tuple[jax.Array, ...]],
-  *arrays: jax.Array,
-) -> tuple[jax.Array, ...]:
-  """A function of each group of the last axis, in a loop: compiled once."""
+  groups: int, function: Callable[..., Any], *arrays: jax.Array
+) -> Any:
+  """A function of each group of the last axis, in a loop: compiled once.
+
+  What it returns, one array or several, is put together along the last axis.
+  """
   if groups == 1:
     return function(*arrays)
 
@@ -156,19 +158,15 @@ def _each_group(
     return jax.lax.dynamic_slice_in_dim(array, i * size, size, -1)
 
   def step(i, wholes):
-    results = function(*(part(array, i) for array in arrays))
-    return tuple(
-      jax.lax.dynamic_update_slice_in_dim(whole, result, start, -1)
-      for whole, result, start in zip(
-        wholes, results, [i * r.shape[-1] for r in results], strict=True
-      )
+    put = lambda whole, result: jax.lax.dynamic_update_slice_in_dim(
+      whole, result, i * result.shape[-1], -1
     )
+    results = function(*(part(array, i) for array in arrays))
+    return jax.tree.map(put, wholes, results)
 
   shapes = jax.eval_shape(function, *(part(array, 0) for array in arrays))
-  empty = tuple(
-    jnp.zeros((*s.shape[:-1], s.shape[-1] * groups), s.dtype) for s in shapes
-  )
-  return jax.lax.fori_loop(0, groups, step, empty)
+  empty = lambda s: jnp.zeros((*s.shape[:-1], s.shape[-1] * groups), s.dtype)
+  return jax.lax.fori_loop(0, groups, step, jax.tree.map(empty, shapes))
 
 
 def _gradients(x, w, dy, *, stride, pads):
@@ -214,7 +212,11 @@ def _input_gradient(dy, w, *, shape, stride, pads):
 
 
 def _kernel_gradient(x, dy, *, size, stride, pads):
-  """[N, H, W, C_in], [N, H', W', C_out] -> kernel, float32."""
+  """[N, H, W, C_in], [N, H', W', C_out] -> kernel, float32.
+
+  At one of the kernel's positions ("tap") it is the product of what that
+  position sees of the images with the gradient of the output.
+  """
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   num, height, width = dy.shape[:3]
   taps = [
