@@ -119,26 +119,26 @@ def _neighbours(d: jax.Array) -> jax.Array:
 
 def _input_positions(x: jax.Array) -> list[jax.Array]:
   """[N, H, W, C] -> six of [N, T, W, C]."""
-  rows = _tiles(x, _num_tiles(x) + 1, above=1)
-  first = [row[:, :-1] for row in rows]
-  return _combine(_FROM_INPUT, first + [row[:, 1:] for row in rows[:2]])
+  x = _tiles(x, _num_tiles(x) + 1, above=1)
+  rows = [x[:, :-1, i] for i in range(_ROWS)] + [x[:, 1:, i] for i in range(2)]
+  return _combine(_FROM_INPUT, rows)
 
 
 def _output_positions(dy: jax.Array) -> list[jax.Array]:
   """[N, H, W, C] -> six of [N, T, W, C]: from outputs back to positions."""
-  return _combine(_TO_OUTPUT.T, _tiles(dy, _num_tiles(dy), above=0))
+  dy = _tiles(dy, _num_tiles(dy), above=0)
+  return _combine(_TO_OUTPUT.T, [dy[:, :, i] for i in range(_ROWS)])
 
 
 def _num_tiles(x: jax.Array) -> int:
   return -(-x.shape[1] // _ROWS)
 
 
-def _tiles(x: jax.Array, num_tiles: int, *, above: int) -> list[jax.Array]:
-  """The rows of tiles, zeros above and below: four of [N, num_tiles, W, C]."""
+def _tiles(x: jax.Array, num_tiles: int, *, above: int) -> jax.Array:
+  """[N, H, W, C] -> [N, num_tiles, 4, W, C], with zeros above and below."""
   below = num_tiles * _ROWS - above - x.shape[1]
   x = jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
-  x = x.reshape(len(x), num_tiles, _ROWS, *x.shape[2:])
-  return [x[:, :, i] for i in range(_ROWS)]
+  return x.reshape(len(x), num_tiles, _ROWS, *x.shape[2:])
 
 
 def _combine(matrix: np.ndarray, arrays: list[jax.Array]) -> list[jax.Array]:
