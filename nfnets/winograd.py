@@ -106,7 +106,7 @@ def gradients(
   tiles = [after(row) for row in rows[:_ROWS]]
   for i, row in enumerate(rows[_ROWS:]):
     tiles[i] += before(row)
-  dx = jnp.stack(tiles, 2).reshape(len(x), -1, *x.shape[2:])
+  dx = jnp.stack(tiles, 2).reshape(x.shape[0], -1, *x.shape[2:])
   return dx[:, 1 : 1 + x.shape[1]], dw
 
 
@@ -138,7 +138,7 @@ def _tiles(x: jax.Array, num_tiles: int, *, above: int) -> jax.Array:
   """[N, H, W, C] -> [N, num_tiles, 4, W, C], with zeros above and below."""
   below = num_tiles * _ROWS - above - x.shape[1]
   x = jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
-  return x.reshape(len(x), num_tiles, _ROWS, *x.shape[2:])
+  return x.reshape(x.shape[0], num_tiles, _ROWS, *x.shape[2:])
 
 
 def _combine(matrix: np.ndarray, arrays: list[jax.Array]) -> list[jax.Array]:
