@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from nfnets import winograd
 from nfnets.errors import unknown
 
-# Kernel gradients of `products`, by the pixels of the output: from the first
-# number on they are products rather than XLA's convolution; from the second on
-# image by image, as what a kernel position sees of a whole batch no longer fits
-# the processor's cache.
+# Of `products`, by the pixels of the output: from the first number on kernel
+# gradients are products rather than XLA's convolution; from the second on images
+# come one by one, as what is made of a whole batch no longer fits the processor's
+# cache.
 _PIXELS_FOR_PRODUCTS = 400
 _PIXELS_FOR_IMAGES = 1024
 
 # Where `products` takes Winograd's algorithm: from these sizes of images and
 # kernels on.
 _HEIGHT_FOR_WINOGRAD = 8
-_CHANNELS_FOR_WINOGRAD = 64
+_CHANNELS_FOR_WINOGRAD = 16
 
 
 def conv2d(
@@ -114,6 +114,8 @@ def _by_group(x, w, *, stride, groups, padding):
   kernel = (*w.shape[:3], w.shape[3] // groups)
   if _is_for_winograd(x, kernel, stride):
     run, gradients = winograd.convolve, winograd.gradients
+    if x.shape[1] * x.shape[2] >= _PIXELS_FOR_IMAGES:
+      run, gradients = _each_image(run), _each_image_gradients(gradients)
   else:
     run = functools.partial(xla, stride=stride, groups=1, padding=padding)
     pads = _pads(x.shape, kernel, stride, padding)
@@ -121,7 +123,8 @@ def _by_group(x, w, *, stride, groups, padding):
 
   @jax.custom_vjp
   def convolve(x, w):
-    return _each_group(groups, run, x, w)
+    is_in_place = stride == 1 and x.shape[-1] == w.shape[-1]
+    return _each_group(groups, run, x, w, is_in_place=is_in_place)
 
   def forward(x, w):
     return convolve(x, w), (x, w)
@@ -144,11 +147,15 @@ def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
 
 
 def _each_group(
-  groups: int, function: Callable[..., Any], *arrays: jax.Array
+  groups: int,
+  function: Callable[..., Any],
+  *arrays: jax.Array,
+  is_in_place: bool = False,
 ) -> Any:
   """A function of each group of the last axis, in a loop: compiled once.
 
-  What it returns, one array or several, is put together along the last axis.
+  What it returns, one array or several, is put together along the last axis; in
+  place, one array takes the memory of the first, which has its shape.
   """
   if groups == 1:
     return function(*arrays)
@@ -158,15 +165,38 @@ def _each_group(
     return jax.lax.dynamic_slice_in_dim(array, i * size, size, -1)
 
   def step(i, wholes):
+    operands = (wholes, *arrays[1:]) if is_in_place else arrays
     put = lambda whole, result: jax.lax.dynamic_update_slice_in_dim(
       whole, result, i * result.shape[-1], -1
     )
-    results = function(*(part(array, i) for array in arrays))
+    results = function(*(part(array, i) for array in operands))
     return jax.tree.map(put, wholes, results)
 
+  if is_in_place:
+    return jax.lax.fori_loop(0, groups, step, arrays[0])
   shapes = jax.eval_shape(function, *(part(array, 0) for array in arrays))
   empty = lambda s: jnp.zeros((*s.shape[:-1], s.shape[-1] * groups), s.dtype)
   return jax.lax.fori_loop(0, groups, step, jax.tree.map(empty, shapes))
+
+
+def _each_image(run):
+  """The same function of images and a kernel, image by image."""
+  return lambda x, w: jax.lax.map(lambda one: run(one[None], w)[0], x)
+
+
+def _each_image_gradients(gradients):
+  """The same function of images, a kernel and dy, image by image."""
+
+  def step(w, dw, one):
+    dx, of_one = gradients(one[0][None], w, one[1][None])
+    return dw + of_one, dx[0]
+
+  def each(x, w, dy):
+    zeros = jnp.zeros(w.shape, jnp.float32)
+    dw, dx = jax.lax.scan(functools.partial(step, w), zeros, (x, dy))
+    return dx, dw
+
+  return each
 
 
 def _gradients(x, w, dy, *, stride, pads):

@@ -17,7 +17,7 @@ published weights were trained with it.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import haiku as hk
 import jax
@@ -230,15 +230,24 @@ class EfficientAttention(hk.Module):
 
 
 def stochastic_depth(
-  x: jax.Array, keep_rate: jax.Array, key: jax.Array
+  key: jax.Array, keep_rates: Sequence[float], num: int
 ) -> jax.Array:
-  """Drops whole residual branches, one draw per image.
+  """Which residual branches are kept (1) or dropped (0), one draw per image.
 
   The survivors are not rescaled by the keep probability, as in the released
   training code.
+
+  Args:
+    key: For all blocks together, as generators compile slowly.
+    keep_rates: Probability of each block's branch.
+    num: Number of images.
+
+  Returns:
+    [len(keep_rates), num] float32, to be multiplied with the branches.
   """
-  keep = jax.random.bernoulli(key, keep_rate, (x.shape[0], 1, 1, 1))
-  return x * keep.astype(x.dtype)
+  rates = jnp.asarray(keep_rates, jnp.float32)[:, None]
+  keep = jax.random.bernoulli(key, rates, (len(keep_rates), num))
+  return keep.astype(jnp.float32)
 
 
 def average_pool(x: jax.Array) -> jax.Array:

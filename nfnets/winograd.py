@@ -8,9 +8,12 @@ six results are the four rows. In one dimension the constants are small, so
 results are within 10^-6 of the plain sums (root mean square, float32). Two
 dimensions would leave fewer products, but more to combine, and to round.
 
+All positions are one array, combined by one operation and multiplied by one, as
+XLA compiles each operation apart.
+
 Shapes: N batch, H height, W width, C channels, T = ceil(H / 4) tiles of four
 rows; activations are [N, H, W, C], kernels [3, 3, C_in, C_out], positions
-[N, T, W, C].
+[6, N, T, W, C].
 """
 
 import jax
@@ -58,24 +61,14 @@ _TO_OUTPUT = np.array(
 
 def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
   """Padded by one: [N, H, W, C_in], kernel -> [N, H, W, C_out]."""
-  num, height, width, channels = x.shape
-  # All rows as one, for XLA on CPU to share between threads. Two columns of
-  # zeros keep a row from the next; what they become is cut off.
-  x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
-  positions = []
-  for v, u in zip(
-    _input_positions(x), _combine(_FROM_KERNEL, list(w)), strict=True
-  ):
-    out = jax.lax.conv_general_dilated(
-      v.reshape(1, -1, channels),
-      u,
-      window_strides=(1,),
-      padding=((0, 2),),
-      dimension_numbers=("NWC", "WIO", "NWC"),
-    )
-    positions.append(out.reshape(*v.shape[:3], -1)[:, :, :width])
-  tiles = jnp.stack(_combine(_TO_OUTPUT, positions), 2)  # [N, T, 4, W, C_out]
-  return tiles.reshape(num, -1, *tiles.shape[3:])[:, :height]
+  num, height, width, _ = x.shape
+  inputs = _input_positions(_pad_width(x))
+  kernels = _combine(_FROM_KERNEL, list(w))  # [6, 3, C_in, C_out]
+  outputs = jnp.einsum(
+    "pmk,pkc->pmc", _neighbours(inputs), _as_matrices(kernels)
+  ).reshape(*inputs.shape[:3], width, -1)
+  tiles = _combine(_TO_OUTPUT, list(outputs), axis=2)  # [N, T, 4, W, C_out]
+  return tiles.reshape(num, -1, width, tiles.shape[-1])[:, :height]
 
 
 def gradients(
@@ -83,49 +76,42 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array]:
   """The gradients of both operands, for that of the output.
 
-  The transposed algorithm: of each position two products, with what the
-  gradient of the output is at three neighbours.
+  The transposed algorithm: both are products with what the gradient of the
+  output is at three neighbours.
   """
-  kernels = _combine(_FROM_KERNEL, list(w.transpose(0, 2, 1, 3)))
-  of_input, of_kernel = [], []
-  dy = jnp.pad(dy, ((0, 0), (0, 0), (1, 1), (0, 0)))
-  for v, u, d in zip(
-    _input_positions(x), kernels, _output_positions(dy), strict=True
-  ):
-    d = _neighbours(d)  # [N T W, 3 C_out]
-    dv = jnp.tensordot(d, u.reshape(len(u), -1), (1, 1))  # [N T W, C_in]
-    of_input.append(dv.reshape(v.shape))
-    du = jnp.tensordot(v.reshape(-1, v.shape[-1]), d, (0, 0))
-    of_kernel.append(du.reshape(u.shape))  # [C_in, 3, C_out]
-  dw = jnp.stack(_combine(_FROM_KERNEL.T, of_kernel)).transpose(0, 2, 1, 3)
+  num, height, width, channels = x.shape
+  inputs = _input_positions(x)
+  # The right neighbour of an output has the left column of the kernel.
+  columns = list(w[:, ::-1].transpose(0, 2, 1, 3))
+  kernels = _combine(_FROM_KERNEL, columns)  # [6, C_in, 3, C_out]
+  outputs = _neighbours(_output_positions(_pad_width(dy)))
 
-  # A tile's last two rows belong to the next tile too.
-  rows = _combine(_FROM_INPUT.T, of_input)  # Six of [N, T, W, C_in].
-  after = lambda row: jnp.pad(row, ((0, 0), (0, 1), (0, 0), (0, 0)))
-  before = lambda row: jnp.pad(row, ((0, 0), (1, 0), (0, 0), (0, 0)))
-  tiles = [after(row) for row in rows[:_ROWS]]
-  for i, row in enumerate(rows[_ROWS:]):
-    tiles[i] += before(row)
-  dx = jnp.stack(tiles, 2).reshape(x.shape[0], -1, *x.shape[2:])
-  return dx[:, 1 : 1 + x.shape[1]], dw
+  of_kernels = jnp.einsum("pmc,pmk->pck", _as_matrices(inputs), outputs)
+  dw = _combine(_FROM_KERNEL.T, list(of_kernels.reshape(kernels.shape)))
+  dw = dw.transpose(0, 2, 1, 3)[:, ::-1]
 
-
-def _neighbours(d: jax.Array) -> jax.Array:
-  """[N, T, W, C] -> [N T W, 3 C]: right neighbour, itself, left neighbour."""
-  width = d.shape[2] - 2
-  columns = [d[:, :, i : i + width] for i in (2, 1, 0)]
-  return jnp.stack(columns, 3).reshape(-1, 3 * d.shape[3])
+  of_inputs = jnp.einsum(
+    "pmk,pck->pmc", outputs, kernels.reshape(len(kernels), channels, -1)
+  ).reshape(inputs.shape)
+  rows = _combine(_FROM_INPUT.T, list(of_inputs), axis=2)  # [N, T, 6, W, C]
+  # A tile's last two rows are the next one's first two as well.
+  after = ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))
+  before = ((0, 0), (1, 0), (0, 2), (0, 0), (0, 0))
+  tiles = jnp.pad(rows[:, :, :_ROWS], after)
+  tiles += jnp.pad(rows[:, :, _ROWS:], before)
+  dx = tiles.reshape(num, -1, width, channels)
+  return dx[:, 1 : 1 + height], dw
 
 
-def _input_positions(x: jax.Array) -> list[jax.Array]:
-  """[N, H, W, C] -> six of [N, T, W, C]."""
+def _input_positions(x: jax.Array) -> jax.Array:
+  """[N, H, W, C] -> positions."""
   x = _tiles(x, _num_tiles(x) + 1, above=1)
   rows = [x[:, :-1, i] for i in range(_ROWS)] + [x[:, 1:, i] for i in range(2)]
   return _combine(_FROM_INPUT, rows)
 
 
-def _output_positions(dy: jax.Array) -> list[jax.Array]:
-  """[N, H, W, C] -> six of [N, T, W, C]: from outputs back to positions."""
+def _output_positions(dy: jax.Array) -> jax.Array:
+  """[N, H, W, C] -> positions: back from what four rows are made of."""
   dy = _tiles(dy, _num_tiles(dy), above=0)
   return _combine(_TO_OUTPUT.T, [dy[:, :, i] for i in range(_ROWS)])
 
@@ -141,9 +127,28 @@ def _tiles(x: jax.Array, num_tiles: int, *, above: int) -> jax.Array:
   return x.reshape(x.shape[0], num_tiles, _ROWS, *x.shape[2:])
 
 
-def _combine(matrix: np.ndarray, arrays: list[jax.Array]) -> list[jax.Array]:
-  """The sums of the arrays with each row of the matrix as their factors."""
-  return [
-    sum(factor * a for factor, a in zip(row, arrays, strict=True) if factor)
-    for row in matrix
-  ]
+def _pad_width(x: jax.Array) -> jax.Array:
+  return jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+
+
+def _neighbours(x: jax.Array) -> jax.Array:
+  """[6, N, T, W + 2, C] -> [6, N T W, 3 C]: left one, itself, right one."""
+  width = x.shape[3] - 2
+  columns = [x[:, :, :, i : i + width] for i in range(3)]
+  return jnp.stack(columns, 4).reshape(len(x), -1, 3 * x.shape[4])
+
+
+def _as_matrices(x: jax.Array) -> jax.Array:
+  """[6, ..., C] -> [6, the product of the rest, C]."""
+  return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _combine(
+  matrix: np.ndarray, arrays: list[jax.Array], axis: int = 0
+) -> jax.Array:
+  """The sums of arrays with each row of the matrix, along a new axis."""
+  shape = [1] * (arrays[0].ndim + 1)
+  shape[axis] = len(matrix)
+  factors = [column.reshape(shape) for column in matrix.T]
+  terms = zip(factors, arrays, strict=True)
+  return sum(factor * jnp.expand_dims(a, axis) for factor, a in terms)

@@ -27,22 +27,33 @@ def _normal(seed, *shape):
   padding=strategies.sampled_from(("same", "symmetric")),
   kernel=strategies.sampled_from((1, 3, 5)),
   groups=strategies.sampled_from((1, 2, 3)),
-  width_of_groups=strategies.sampled_from((2, 64)),
+  width_of_groups=strategies.sampled_from((2, 16)),
+  expansion=strategies.sampled_from((1, 2)),
   form=strategies.sampled_from(sorted(convolution.FORMS)),
 )
-@hypothesis.example(34, 33, 1, "same", 3, 2, 3, "products")
-@hypothesis.example(24, 23, 1, "same", 3, 1, 6, "products")
-@hypothesis.example(8, 9, 2, "symmetric", 3, 3, 2, "products")
-@hypothesis.example(9, 8, 1, "symmetric", 3, 2, 64, "products")
+@hypothesis.example(34, 33, 1, "same", 3, 2, 3, 2, "products")
+@hypothesis.example(24, 23, 1, "same", 3, 1, 6, 2, "products")
+@hypothesis.example(8, 9, 2, "symmetric", 3, 3, 2, 1, "products")
+@hypothesis.example(9, 8, 1, "symmetric", 3, 2, 16, 1, "products")
+@hypothesis.example(33, 34, 1, "same", 3, 2, 16, 2, "products")
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 def test_forms_are_equal(
-  height, width, stride, padding, kernel, groups, width_of_groups, form
+  height,
+  width,
+  stride,
+  padding,
+  kernel,
+  groups,
+  width_of_groups,
+  expansion,
+  form,
 ):
   channels = groups * width_of_groups
+  outputs = expansion * channels
   x = _normal(0, 2, height, width, channels)
-  w = _normal(1, kernel, kernel, width_of_groups, 2 * channels)
+  w = _normal(1, kernel, kernel, width_of_groups, outputs)
   options = {"stride": stride, "groups": groups, "padding": padding}
-  shape = (2, -(-height // stride), -(-width // stride), 2 * channels)
+  shape = (2, -(-height // stride), -(-width // stride), outputs)
   seen = _normal(2, *shape)
 
   def value_and_gradients(form):
@@ -89,7 +100,7 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
     ({"groups": 1}, True),
     ({"stride": 2}, False),
     ({"size": 7}, False),
-    ({"channels": 64}, False),
+    ({"channels": 16}, False),
     ({"dtype": jnp.bfloat16}, False),
     ({"form": "split"}, False),
   ],
@@ -132,8 +143,8 @@ def test_loops_keep_to_the_layout_that_is_fast_on_cpu(channels, size, stride):
   program = jax.jit(sum_of_gradients).lower(w, x).compile().as_text()
   # XLA rewrites others into these, but not inside of a loop.
   layouts = set(re.findall(r"dim_labels=([\w>-]+)", program))
-  assert layouts <= {"b01f_01io->b01f", "b0f_0io->b0f"}
-  assert layouts
+  assert layouts <= {"b01f_01io->b01f"}
+  assert layouts or (stride == 1 and channels == 128)  # Products alone.
 
 
 def test_a_portable_program_has_the_form_of_each_platform():

@@ -160,7 +160,7 @@ def test_each_block_of_f0_propagates_the_predicted_variance(index):
   block = plan.blocks[index]
 
   def forward(x):
-    drawn = Drawn(block.beta, keep_rate=1, key=None)
+    drawn = Drawn(block.beta, keep=None)
     return NFBlock(block, plan, Execution())(x, drawn)
 
   network = hk.without_apply_rng(hk.transform(forward))
@@ -263,6 +263,29 @@ def test_features_of_each_part(name, channels, strides):
   np.testing.assert_allclose(
     found["pool"], found["final"].mean((1, 2)), rtol=1e-4, atol=1e-5
   )
+
+
+def test_a_dropped_branch_leaves_the_shortcut_and_others_are_not_rescaled():
+  plan = models.make("nfnet_tiny").plan
+  block = plan.blocks[0]
+  shape = (3, 8, 8, block.in_channels)
+  x = np.random.default_rng(0).standard_normal(shape, np.float32)
+  network = hk.without_apply_rng(
+    hk.transform(
+      lambda keep: NFBlock(block, plan, Execution())(x, Drawn(block.beta, keep))
+    )
+  )
+
+  def out(skip_gain, keep):
+    params = network.init(jax.random.key(0), None)
+    params[block.kind]["skip_gain"] = jnp.float32(skip_gain)
+    return network.apply(params, keep)[0]
+
+  kept, dropped = out(0.7, None), out(0.0, None)
+  found = out(0.7, jnp.array([1.0, 0.0, 1.0]))
+  np.testing.assert_array_equal(found[1], dropped[1])
+  np.testing.assert_array_equal(found[::2], kept[::2])
+  assert (kept != dropped).all()
 
 
 def test_training_uses_its_randomness_and_evaluation_none():

@@ -53,11 +53,10 @@ def _make_attention(attention: Attention | None) -> hk.Module | None:
 
 
 class Drawn(NamedTuple):
-  """What differs between blocks of one shape; scalars."""
+  """What differs between blocks of one shape."""
 
-  beta: Any  # See plan.Block.
-  keep_rate: Any  # Of stochastic depth.
-  key: jax.Array | None  # Of stochastic depth; None: nothing is dropped.
+  beta: Any  # See plan.Block; a scalar.
+  keep: jax.Array | None  # [N], of stochastic depth; None: all are kept.
 
 
 class NFBlock(hk.Module):
@@ -96,8 +95,8 @@ class NFBlock(hk.Module):
       out = self._attend(out)
     residual_variance = jnp.mean(jnp.var(out.astype(jnp.float32), (0, 1, 2)))
 
-    if drawn.key is not None:
-      out = layers.stochastic_depth(out, drawn.keep_rate, drawn.key)
+    if drawn.keep is not None:
+      out *= drawn.keep[:, None, None, None].astype(out.dtype)
     # SkipInit: every block starts as its shortcut.
     skip_gain = hk.get_parameter("skip_gain", (), jnp.float32, jnp.zeros)
     out = shortcut + out * (self.alpha * skip_gain).astype(out.dtype)
@@ -148,7 +147,7 @@ class Network(hk.Module):
     if return_features:
       outputs["stem"] = x
 
-    drawn = [self._draw(block, is_training) for block in self.plan.blocks]
+    drawn = self._draw(images.shape[0], is_training)
     for stage, members in enumerate(plans.stages(self.plan), start=1):
       if return_metrics:
         for i in members:
@@ -179,10 +178,15 @@ class Network(hk.Module):
       x = layers.max_pool(x, self.plan.padding)
     return x
 
-  def _draw(self, block: Block, is_training: bool) -> Drawn:
-    rate = block.stochdepth_rate if is_training else 0.0
-    key = hk.next_rng_key() if rate else None
-    return Drawn(np.float32(block.beta), np.float32(1 - rate), key)
+  def _draw(self, num: int, is_training: bool) -> list[Drawn]:
+    """For each block."""
+    blocks = self.plan.blocks
+    betas = [np.float32(block.beta) for block in blocks]
+    keep_rates = [1 - block.stochdepth_rate for block in blocks]
+    if not is_training or min(keep_rates) == 1:
+      return [Drawn(beta, None) for beta in betas]
+    keep = layers.stochastic_depth(hk.next_rng_key(), keep_rates, num)
+    return [Drawn(*pair) for pair in zip(betas, keep, strict=True)]
 
   def _run_stage(
     self, members: list[int], x: jax.Array, drawn: list[Drawn]
