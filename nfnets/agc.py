@@ -7,6 +7,7 @@ its weights W; where |G| / max(|W|, eps) > clipping,
     G <- G * clipping * max(|W|, eps) / |G|
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,6 +60,26 @@ def unitwise_norm(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.sum(_squared_magnitude(x), axis=axes, keepdims=True))
 
 
+def unitwise_norms(tree: Any, is_stacked: Any = None) -> Any:
+  """`unitwise_norm` of each array in a tree.
+
+  Args:
+    tree: Of arrays.
+    is_stacked: A tree of bools: where an array is several parameters, along its
+      first axis; None: nowhere.
+  """
+  if is_stacked is None:
+    return jax.tree.map(unitwise_norm, tree)
+  return jax.tree.map(
+    lambda x, several: _each(unitwise_norm, several)(x), tree, is_stacked
+  )
+
+
+def _each(function: Callable[..., Any], is_stacked: bool) -> Callable[..., Any]:
+  """The function of one parameter, for several if need be."""
+  return jax.vmap(function) if is_stacked else function
+
+
 def _squared_magnitude(x: jax.Array) -> jax.Array:
   if jnp.iscomplexobj(x):
     return (x.conj() * x).real
@@ -94,6 +115,7 @@ def adaptive_grad_clip(
   eps: float = 1e-3,
   *,
   part_of: Callable[[str], str] | None = None,
+  is_stacked: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
   """AGC as an optax transformation that says what it clipped.
 
@@ -113,6 +135,8 @@ def adaptive_grad_clip(
     part_of: Names the part of the network that a parameter is in, from its
       path "module/name"; the state has statistics for each part. Without it
       the state has `all` alone.
+    is_stacked: Tells of each array in a tree of parameters whether it is
+      several parameters along its first axis, each with units of its own.
 
   Returns:
     A transformation whose state is an `AGCState`.
@@ -143,9 +167,15 @@ def adaptive_grad_clip(
         "parameters, `update(grads, state, params)`"
       )
     leaves, treedef = jax.tree.flatten(updates)
+    several = [False] * len(leaves)
+    if is_stacked is not None:
+      several = treedef.flatten_up_to(is_stacked(params))
+    clip_one = functools.partial(clip, clipping=clipping, eps=eps)
     results = [
-      clip(g, p, clipping=clipping, eps=eps)
-      for g, p in zip(leaves, treedef.flatten_up_to(params), strict=True)
+      _each(clip_one, is_several)(g, p)
+      for g, p, is_several in zip(
+        leaves, treedef.flatten_up_to(params), several, strict=True
+      )
     ]
     of_parts: dict[str, list[Clipped]] = {}
     for part, result in zip(parts(updates), results, strict=True):

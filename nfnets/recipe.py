@@ -95,6 +95,7 @@ class Recipe(NamedTuple):
       clipping=c.agc_clipping or None,
       clipping_eps=c.agc_eps,
       stage_of=self.model.stage_of,
+      is_stacked=self.model.is_stacked,
       is_frozen=self.is_frozen,
     )
 

@@ -195,7 +195,7 @@ def make_train_step(
 
     # From what clipping computes too, which XLA then does once.
     metrics["grad_norm"] = optax.tree.norm(
-      jax.tree.map(agc.unitwise_norm, grads)
+      agc.unitwise_norms(grads, model.is_stacked(grads))
     )
     metrics["param_norm"] = optax.tree.norm(params)
     clipping = agc.find_state(opt_state)

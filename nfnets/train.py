@@ -121,6 +121,9 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         state = _start_from(config.init_from, state, r, mesh)
     else:
       state, position = checkpoints.restore(jax.eval_shape(init), mesh)
+    if r.model.execution.is_scanned:
+      state = r.model.stack(jax.device_get(state))
+      state = devices.replicate(state, mesh)
     start = int(state.step)
     patience = None
     if config.train.patience is not None:
@@ -194,7 +197,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         result = _evaluate(r, eval_step, state, mesh, bar, log)
         if patience is not None:
           if patience.add(_as_row(step, "ema", result)) and is_first_host:
-            patience.save(jax.device_get(state.ema_params), r.card)
+            patience.save(_ema_params(state, r), r.card)
           if patience.is_exhausted and not is_last:
             is_last = is_save_due = True
             bar.say(
@@ -203,7 +206,10 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
             )
         bar.restart_clock()
       if is_save_due:
-        checkpoints.save(state, position=data.position)
+        saved = state
+        if r.model.execution.is_scanned:  # The same for other ways to compute.
+          saved = r.model.unstack(jax.device_get(state))
+        checkpoints.save(saved, position=data.position)
       if is_stop_due and not is_last:
         checkpoints.wait()
         raise StoppedError(
@@ -220,8 +226,8 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     checkpoints.wait()
     if is_first_host:
       if patience is None or not patience.finish():
-        ema_params = jax.device_get(state.ema_params)
-        pretrained.save(workdir / "weights.safetensors", ema_params, r.card)
+        path = workdir / "weights.safetensors"
+        pretrained.save(path, _ema_params(state, r), r.card)
       title = f"{r.model.name} on {config.data.source}"
       plots.save_curves(workdir, workdir / "curves.png", title=title)
   return result
@@ -244,6 +250,11 @@ def _start_from(
     params=devices.replicate(params, mesh),
     ema_params=devices.replicate(params, mesh),
   )
+
+
+def _ema_params(state: steps.TrainState, r: recipe.Recipe) -> Any:
+  """The averaged weights, with the published names."""
+  return r.model.unstack(jax.device_get(state.ema_params))
 
 
 class _InFlight:

@@ -111,7 +111,8 @@ def _step(job: Job) -> Prepared:
     params = _awaken(state.params)
     return state._replace(params=params, ema_params=params)
 
-  state = devices.create(init, mesh)
+  state = model.stack(jax.device_get(devices.create(init, mesh)))
+  state = devices.replicate(state, mesh)
   images, labels = _grey_images(job)
   share = jnp.ones(job.batch)
   batch = devices.shard_batch(
@@ -196,12 +197,15 @@ def _make_model(job: Job) -> models.Model:
 
 
 def _make_optimizer(model: models.Model) -> optax.GradientTransformation:
-  return optim.make_optimizer(0.1, stage_of=model.stage_of)
+  return optim.make_optimizer(
+    0.1, stage_of=model.stage_of, is_stacked=model.is_stacked
+  )
 
 
 def _init(model: models.Model) -> hk.Params:
   init = lambda key: _awaken(model.init(key, jnp.zeros((1, 64, 64, 3)))[0])
-  return jax.jit(init)(jax.random.key(0))
+  params = jax.jit(init)(jax.random.key(0))
+  return jax.device_put(model.stack(jax.device_get(params)))
 
 
 def _awaken(params: hk.Params) -> hk.Params:

@@ -56,6 +56,26 @@ def test_updates_are_those_of_optax(grad_scale, param_scale):
     )
 
 
+def test_stacked_parameters_are_clipped_one_by_one():
+  pairs = [(_tree(i, 0.5), _tree(i + 10, 0.05)) for i in range(3)]
+  shapes = {k: v.shape for k, v in pairs[0][0].items()}
+  stack = lambda *leaves: jnp.stack(leaves)
+  params, grads = (jax.tree.map(stack, *trees) for trees in zip(*pairs))
+  is_stacked = lambda tree: {k: v.ndim > len(shapes[k]) for k, v in tree.items()}
+  tx = agc.adaptive_grad_clip(0.1, is_stacked=is_stacked)
+  found, state = tx.update(grads, tx.init(params), params)
+  singly = [tx.update(g, tx.init(p), p) for p, g in pairs]
+  jax.tree.map(
+    lambda a, *b: np.testing.assert_allclose(a, jnp.stack(b), rtol=1e-6),
+    found,
+    *[updates for updates, _ in singly],
+  )
+  shares = [one.statistics["all"].clipped for _, one in singly]
+  clipped = state.statistics["all"].clipped
+  assert 0 < clipped < 1
+  np.testing.assert_allclose(clipped, np.mean(shares), rtol=1e-6)
+
+
 def test_complex_updates_are_those_of_optax():
   rng = np.random.default_rng(0)
   draw = lambda: jnp.asarray(

@@ -344,6 +344,50 @@ def test_all_ways_to_compute_a_network_are_equal(execution):
   )
 
 
+@pytest.mark.parametrize(
+  "name, row",
+  [
+    ("nfnet_tiny", SMALL | {"depth": (3, 4)}),
+    ("nf_regnet_b0", {"depth": (3, 1), "width": (16, 32)}),
+  ],
+)
+def test_stacked_parameters_give_the_same_and_come_back(name, row):
+  """Outputs, and gradients by the published names, of blocks as a loop."""
+  model = models.make(name, 10, **row, is_scanned=True)
+  params = draw_params(param_shapes(model))
+  stacked = model.stack({"a": params, "b": np.float32(1)})["a"]
+  assert len(stacked) < len(params)
+  assert any(jax.tree.leaves(model.is_stacked(stacked)))
+  assert not any(jax.tree.leaves(model.is_stacked(params)))
+  jax.tree.map(np.testing.assert_array_equal, model.unstack(stacked), params)
+
+  images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(params):
+    logits = model.apply(params, {}, None, images)[0]["logits"]
+    return jnp.sum(logits**2), logits
+
+  (_, logits), grads = jax.device_get(run(stacked))
+  (_, expected), expected_grads = run(params)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max())
+    ),
+    model.unstack(grads),
+    expected_grads,
+  )
+
+
+def test_nothing_is_stacked_unless_blocks_are_a_loop():
+  model = models.make("nfnet_tiny", 10, depth=(1, 3, 1, 1))
+  params = draw_params(param_shapes(model))
+  assert model.stack(params) is params
+  assert model.unstack(params) is params
+
+
 def test_computing_again_keeps_less_for_the_gradient():
   def kept_bytes(**execution):
     row = SMALL | {"depth": (1, 6), "stochdepth_rate": 0.0}

@@ -37,7 +37,9 @@ def _setup(model, num_devices, **options):
   """(state with the reference's parameters, compiled step, mesh)."""
   mesh = devices.make_mesh(num_devices)
   schedule = options.pop("schedule", 0.1)
-  optimizer = optim.make_optimizer(schedule, stage_of=model.stage_of)
+  optimizer = optim.make_optimizer(
+    schedule, stage_of=model.stage_of, is_stacked=model.is_stacked
+  )
   params = draw_params(param_shapes(model))
   state = steps.TrainState(
     step=np.zeros((), np.int32),
@@ -54,7 +56,7 @@ def _setup(model, num_devices, **options):
     "seed": 0,
   }
   step = steps.make_train_step(model, optimizer, mesh, **defaults | options)
-  return state, step, mesh
+  return model.stack(state), step, mesh
 
 
 def _run(model, num_devices, batches, **options):
@@ -64,7 +66,7 @@ def _run(model, num_devices, batches, **options):
   for batch in batches:
     state, values = step(state, devices.shard_batch(batch, mesh))
     metrics.append({k: float(v) for k, v in values.items()})
-  return jax.device_get(state), metrics
+  return model.unstack(jax.device_get(state)), metrics
 
 
 def _norms(params):
@@ -128,6 +130,23 @@ def test_accumulated_micro_batches_equal_one_batch():
   run = _run(SMALL_MODEL, 2, _batches(0, 4, 16), accumulate=4)
   _assert_same_run(run, _one_device())
   assert run[1][0]["clipped/all"] > 0.01
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_blocks_as_a_loop_equal_blocks_in_turn(accumulate):
+  """With stacked parameters, of which each has its own units to be clipped."""
+  make = functools.partial(models.make, "nfnet_tiny", 10)
+  row = SMALL | {"depth": (2, 3)}
+  batches = _batches(0, 4, 16)
+  run = _run(make(**row, is_scanned=True), 2, batches, accumulate=accumulate)
+  expected = _run(make(**row), 1, batches)
+  _assert_same_run(run, expected)
+  assert 0.01 < run[1][0]["clipped/stage2"] < 1
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    run[0].opt_state,
+    expected[0].opt_state,
+  )
 
 
 def _primitives(jaxpr, in_loop=False):

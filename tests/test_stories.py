@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, kill_when, read_rows
 from PIL import Image
+from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
@@ -247,6 +248,33 @@ def test_other_settings_may_change_and_are_told(copy, nfnets):
   assert "from step 44" in result.stdout
   assert "optim.lr_per_256: 2.0 -> 0.5" in result.stdout
   assert read_rows(copy)[-1]["step"] == 49
+
+
+def test_a_run_goes_on_with_its_blocks_as_a_loop(nfnets, tmp_path):
+  """And back: what is saved does not depend on it."""
+  options = [option for option in TINY_RUN if "model.depth" not in option]
+  options += ["--config.model.depth=2,3"]
+  options += ["--config.model.drop_rate=0", "--config.model.stochdepth_rate=0"]
+
+  def train(name, epochs, scan):
+    more = [f"--config.train.epochs={epochs}", f"--config.train.scan={scan}"]
+    _last_line(
+      nfnets("train", f"--workdir={tmp_path / name}", *options, *more)
+    )
+
+  train("loop", 0.2, True)
+  shutil.copytree(tmp_path / "loop", tmp_path / "turn")
+  train("loop", 0.4, True)
+  train("turn", 0.4, False)
+  loop, turn = (
+    load_file(tmp_path / name / "weights.safetensors")
+    for name in ("loop", "turn")
+  )
+  assert loop.keys() == turn.keys()
+  for name, expected in turn.items():
+    np.testing.assert_allclose(
+      loop[name], expected, rtol=1e-4, atol=1e-5, err_msg=name
+    )
 
 
 def test_a_first_start_that_failed_does_not_bind_its_workdir(nfnets, tmp_path):

@@ -17,7 +17,7 @@ from nfnets import layers
 from nfnets.convolution import FORMS
 from nfnets.errors import InputError, unknown
 from nfnets.initial import drawn_together
-from nfnets.models import nf_regnet, nf_resnet, nfnet
+from nfnets.models import nf_regnet, nf_resnet, nfnet, stacked
 from nfnets.models import plan as plans
 from nfnets.models.network import REMATS, Execution, Network
 from nfnets.models.plan import Plan
@@ -46,7 +46,8 @@ class Model(NamedTuple):
       return_metrics=False, return_features=False) -> (outputs, state)`. Images
       [N, H, W, 3] float32 or bfloat16, normalised; `outputs["logits"]`
       [N, num_classes] float32, `outputs["pool"]` [N, features] float32. `rng`
-      is needed in training only.
+      is needed in training only. A network that is scanned also takes the
+      parameters that `stack` returns, but for `return_metrics`.
   """
 
   name: str
@@ -74,6 +75,31 @@ class Model(NamedTuple):
   def stage_of(self, module: str) -> str:
     """Part of the network a parameter's module is in: stem, stage1 .. head."""
     return plans.stage_of(self.plan, module)
+
+  def stack(self, tree: Any) -> Any:
+    """Parameters as a scanned network trains fastest (`models.stacked`).
+
+    Args:
+      tree: Of NumPy arrays; parameters, or a tree with such in it. It comes
+        back as it is if the network is not scanned.
+    """
+    return stacked.stack(self.plan, tree) if self.execution.is_scanned else tree
+
+  def unstack(self, tree: Any) -> Any:
+    """What `stack` was given; with the published names."""
+    if self.execution.is_scanned:
+      return stacked.unstack(self.plan, tree)
+    return tree
+
+  def is_stacked(self, params: hk.Params) -> Any:
+    """For each array of (gradients of) parameters: whether it is of a run."""
+    shapes = plans.shapes(self.plan, self.num_classes)
+
+    def has_another_axis(path, array) -> bool:
+      module, name = (key.key for key in path)
+      return array.ndim > len(shapes[module][name])
+
+    return jax.tree_util.tree_map_with_path(has_another_axis, params)
 
   def shapes(self) -> tuple[Any, Any]:
     """Shapes of parameters and state, without computing them."""
@@ -155,7 +181,8 @@ def make(
       again, or all but the inputs of `blocks` or `stages`, which takes less
       memory and more time.
     is_scanned: Whether equal blocks are compiled once, as a loop: compiling
-      deep networks takes less time, running takes more.
+      deep networks takes less time, running takes more. Least of both with
+      parameters that are stacked already (`Model.stack`).
     **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such
       as `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
@@ -201,7 +228,13 @@ def folded(model: Model) -> Model:
 
 def standardize(params: hk.Params) -> hk.Params:
   """Weights for `folded`, as a function that has a gradient."""
-  return _fold(params, layers.standardize, map)
+
+  def kernel_of(w, gain):
+    is_stacked = w.ndim > 4
+    run = jax.vmap(layers.standardize) if is_stacked else layers.standardize
+    return run(w, gain)
+
+  return _fold(params, kernel_of, map)
 
 
 def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:

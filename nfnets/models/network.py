@@ -218,7 +218,10 @@ class Network(hk.Module):
     if self.execution.remat == "blocks":
       body = jax.checkpoint(body)
     params = [_relative_params(self.blocks[i]) for i in run]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    if params[1]:
+      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    else:
+      stacked = params[0]  # By models.stacked.
     drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
     return jax.lax.scan(body, x, (stacked, drawn))[0]
 
