@@ -25,10 +25,11 @@ from nfnets.errors import unknown
 _PIXELS_FOR_PRODUCTS = 400
 _PIXELS_FOR_IMAGES = 1024
 
-# Where `products` takes Winograd's algorithm: from these sizes of images and
-# kernels on.
+# Where `products` takes Winograd's algorithm: from this height on, and from so
+# many channels on; of images that are large enough for products, fewer.
 _HEIGHT_FOR_WINOGRAD = 8
-_CHANNELS_FOR_WINOGRAD = 16
+_CHANNELS_FOR_WINOGRAD = 64
+_CHANNELS_OF_LARGE_IMAGES = 16
 
 
 def conv2d(
@@ -137,12 +138,14 @@ def _by_group(x, w, *, stride, groups, padding):
 
 
 def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
+  is_large = x.shape[1] * x.shape[2] >= _PIXELS_FOR_PRODUCTS
+  channels = _CHANNELS_OF_LARGE_IMAGES if is_large else _CHANNELS_FOR_WINOGRAD
   return (
     x.dtype == jnp.float32  # Of bfloat16 it would lose digits.
     and kernel[:2] == (3, 3)
     and stride == 1
     and x.shape[1] >= _HEIGHT_FOR_WINOGRAD
-    and min(kernel[2:]) >= _CHANNELS_FOR_WINOGRAD
+    and min(kernel[2:]) >= channels
   )
 
 
