@@ -19,15 +19,16 @@ from nfnets import winograd
 from nfnets.errors import unknown
 
 # Of `products`, by the pixels of the output: from the first number on kernel
-# gradients are products rather than XLA's convolution; from the second on images
-# come one by one, as what is made of a whole batch no longer fits the processor's
-# cache.
+# gradients are products rather than XLA's convolution; from the second on
+# images come one by one, as what is made of a whole batch no longer fits the
+# processor's cache.
 _PIXELS_FOR_PRODUCTS = 400
 _PIXELS_FOR_IMAGES = 1024
 
 # Where `products` takes Winograd's algorithm: from this height on, and from so
 # many channels on; of images that are large enough for products, fewer.
-_HEIGHT_FOR_WINOGRAD = 8
+_HEIGHT_FOR_WINOGRAD = 12
+_HEIGHT_FOR_WINOGRADS_GRADIENTS = 8
 _CHANNELS_FOR_WINOGRAD = 64
 _CHANNELS_OF_LARGE_IMAGES = 16
 
@@ -113,14 +114,17 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
 def _by_group(x, w, *, stride, groups, padding):
   """A dense convolution for each group, one after the other."""
   kernel = (*w.shape[:3], w.shape[3] // groups)
+  run = functools.partial(xla, stride=stride, groups=1, padding=padding)
+  pads = _pads(x.shape, kernel, stride, padding)
+  gradients = functools.partial(_gradients, stride=stride, pads=pads)
   if _is_for_winograd(x, kernel, stride):
-    run, gradients = winograd.convolve, winograd.gradients
-    if x.shape[1] * x.shape[2] >= _PIXELS_FOR_IMAGES:
+    height, width = x.shape[1:3]
+    if height >= _HEIGHT_FOR_WINOGRAD:
+      run = winograd.convolve
+    if height >= _HEIGHT_FOR_WINOGRADS_GRADIENTS:
+      gradients = winograd.gradients
+    if height * width >= _PIXELS_FOR_IMAGES:
       run, gradients = _each_image(run), _each_image_gradients(gradients)
-  else:
-    run = functools.partial(xla, stride=stride, groups=1, padding=padding)
-    pads = _pads(x.shape, kernel, stride, padding)
-    gradients = functools.partial(_gradients, stride=stride, pads=pads)
 
   @jax.custom_vjp
   def convolve(x, w):
@@ -138,13 +142,13 @@ def _by_group(x, w, *, stride, groups, padding):
 
 
 def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
+  """Whether it is faster where images are high enough."""
   is_large = x.shape[1] * x.shape[2] >= _PIXELS_FOR_PRODUCTS
   channels = _CHANNELS_OF_LARGE_IMAGES if is_large else _CHANNELS_FOR_WINOGRAD
   return (
     x.dtype == jnp.float32  # Of bfloat16 it would lose digits.
     and kernel[:2] == (3, 3)
     and stride == 1
-    and x.shape[1] >= _HEIGHT_FOR_WINOGRAD
     and min(kernel[2:]) >= channels
   )
 

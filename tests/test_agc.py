@@ -60,8 +60,12 @@ def test_stacked_parameters_are_clipped_one_by_one():
   pairs = [(_tree(i, 0.5), _tree(i + 10, 0.05)) for i in range(3)]
   shapes = {k: v.shape for k, v in pairs[0][0].items()}
   stack = lambda *leaves: jnp.stack(leaves)
-  params, grads = (jax.tree.map(stack, *trees) for trees in zip(*pairs))
-  is_stacked = lambda tree: {k: v.ndim > len(shapes[k]) for k, v in tree.items()}
+  params, grads = (
+    jax.tree.map(stack, *trees) for trees in zip(*pairs, strict=True)
+  )
+  is_stacked = lambda tree: {
+    name: value.ndim > len(shapes[name]) for name, value in tree.items()
+  }
   tx = agc.adaptive_grad_clip(0.1, is_stacked=is_stacked)
   found, state = tx.update(grads, tx.init(params), params)
   singly = [tx.update(g, tx.init(p), p) for p, g in pairs]

@@ -92,7 +92,6 @@ def test_stochastic_depth_keeps_as_many_branches_as_its_rates_say():
   assert keep[0].all()
 
 
-
 def test_average_pool_at_odd_edges_is_the_mean_of_what_is_there():
   x = jnp.arange(9.0).reshape(1, 3, 3, 1)
   pooled = layers.average_pool(x)[0, :, :, 0]

@@ -258,9 +258,7 @@ def test_a_run_goes_on_with_its_blocks_as_a_loop(nfnets, tmp_path):
 
   def train(name, epochs, scan):
     more = [f"--config.train.epochs={epochs}", f"--config.train.scan={scan}"]
-    _last_line(
-      nfnets("train", f"--workdir={tmp_path / name}", *options, *more)
-    )
+    _last_line(nfnets("train", f"--workdir={tmp_path / name}", *options, *more))
 
   train("loop", 0.2, True)
   shutil.copytree(tmp_path / "loop", tmp_path / "turn")

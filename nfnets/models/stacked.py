@@ -1,4 +1,4 @@
-"""Parameters of equal blocks as one array each, for networks that loop over them.
+"""Parameters of equal blocks as one array, for networks that loop over them.
 
 A loop would put them together at every step, and cut their gradients apart.
 Stacked, those of a run of equal blocks are one array with a new first axis,
@@ -64,9 +64,7 @@ def _map_params(
   )
 
 
-def _in_runs(
-  plan: Plan, modules: list[str]
-) -> Iterator[tuple[str, list[str]]]:
+def _in_runs(plan: Plan, modules: list[str]) -> Iterator[tuple[str, list[str]]]:
   """Modules of a run's first block, each with the same of the other blocks."""
   for indices in plans.stages(plan):
     for run in plans.runs(plan, indices):
