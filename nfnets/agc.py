@@ -60,16 +60,14 @@ def unitwise_norm(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.sum(_squared_magnitude(x), axis=axes, keepdims=True))
 
 
-def unitwise_norms(tree: Any, is_stacked: Any = None) -> Any:
+def unitwise_norms(tree: Any, is_stacked: Any) -> Any:
   """`unitwise_norm` of each array in a tree.
 
   Args:
     tree: Of arrays.
     is_stacked: A tree of bools: where an array is several parameters, along its
-      first axis; None: nowhere.
+      first axis.
   """
-  if is_stacked is None:
-    return jax.tree.map(unitwise_norm, tree)
   return jax.tree.map(
     lambda x, several: _each(unitwise_norm, several)(x), tree, is_stacked
   )
