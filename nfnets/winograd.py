@@ -82,8 +82,8 @@ def gradients(
   num, height, width, channels = x.shape
   inputs = _input_positions(x)
   # The right neighbour of an output has the left column of the kernel.
-  columns = list(w[:, ::-1].transpose(0, 2, 1, 3))
-  kernels = _combine(_FROM_KERNEL, columns)  # [6, C_in, 3, C_out]
+  mirrored = list(w[:, ::-1].transpose(0, 2, 1, 3))
+  kernels = _combine(_FROM_KERNEL, mirrored)  # [6, C_in, 3, C_out]
   outputs = _neighbours(_output_positions(_pad_width(dy)))
 
   of_kernels = jnp.einsum("pmc,pmk->pck", _as_matrices(inputs), outputs)
