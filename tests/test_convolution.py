@@ -151,7 +151,7 @@ def test_loops_keep_to_the_layout_that_is_fast_on_cpu(channels, size, stride):
     return jax.lax.scan(add, (w, x[0]), x)[0]
 
   program = jax.jit(sum_of_gradients).lower(w, x).compile().as_text()
-  # XLA rewrites others into these, but not inside of a loop.
+  # XLA rewrites others into this one, but not inside of a loop.
   layouts = set(re.findall(r"dim_labels=([\w>-]+)", program))
   assert layouts <= {"b01f_01io->b01f"}
   assert layouts or (stride == 1 and channels == 128)  # Products alone.
