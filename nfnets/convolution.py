@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from nfnets import winograd
 from nfnets.errors import unknown
 
-# Of `products`, by the pixels of the output: from the first number on kernel
-# gradients are products rather than XLA's convolution; from the second on
-# images come one by one, as what is made of a whole batch no longer fits the
-# processor's cache.
+# Of `products`: from so many pixels of the output and channels of the input on
+# kernel gradients are products rather than XLA's convolution; from so many
+# pixels on images come one by one, as what is made of a whole batch no longer
+# fits the processor's cache.
 _PIXELS_FOR_PRODUCTS = 400
+_CHANNELS_FOR_PRODUCTS = 16
 _PIXELS_FOR_IMAGES = 1024
 
 # Where `products` takes Winograd's algorithm: from this height on, and from so
@@ -212,7 +213,7 @@ def _gradients(x, w, dy, *, stride, pads):
   dx = _input_gradient(dy, w, shape=x.shape, **options)
   by_taps = functools.partial(_kernel_gradient, size=w.shape[:2], **options)
   pixels = dy.shape[1] * dy.shape[2]
-  if pixels < _PIXELS_FOR_PRODUCTS:
+  if pixels < _PIXELS_FOR_PRODUCTS or x.shape[-1] < _CHANNELS_FOR_PRODUCTS:
     dw = _kernel_gradient_as_convolution(x, dy, size=w.shape[:2], **options)
   elif pixels < _PIXELS_FOR_IMAGES:
     dw = by_taps(x, dy)

@@ -29,6 +29,28 @@ from nfnets.initial import Draw
 
 Activation = Callable[[jax.Array], jax.Array]
 
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+  """GELU in its tanh approximation: x s(u), s the sigmoid.
+
+  u = sqrt(8 / pi) (x + 0.044715 x³). Its derivative, s + x u' s (1 - s), is
+  written by hand, and computed in float32: a gradient keeps x alone, where that
+  which JAX derives keeps the hyperbolic tangent too, as large as x.
+  """
+  return jax.nn.gelu(x)
+
+
+@gelu.defjvp
+def _gelu_derivative(primals, tangents):
+  (x,), (tangent,) = primals, tangents
+  factor, cubic = math.sqrt(8 / math.pi), 0.044715
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  s = jax.nn.sigmoid(factor * (y + cubic * y**3))
+  slope = s + y * factor * (1 + 3 * cubic * y**2) * s * (1 - s)
+  return gelu(x), tangent * slope.astype(x.dtype)
+
+
 # Gain of each nonlinearity: the factor that restores unit variance to the
 # output for inputs from N(0, 1). These are the released constants, estimated by
 # sampling and up to 0.06 % above the exact integrals; the published weights
@@ -37,7 +59,7 @@ _GAINS: dict[str, tuple[Activation, float]] = {
   "identity": (lambda x: x, 1.0),
   "celu": (jax.nn.celu, 1.270926833152771),
   "elu": (jax.nn.elu, 1.2716004848480225),
-  "gelu": (jax.nn.gelu, 1.7015043497085571),
+  "gelu": (gelu, 1.7015043497085571),
   # The exact integral, for networks that were trained elsewhere.
   "gelu_exact": (
     functools.partial(jax.nn.gelu, approximate=False),

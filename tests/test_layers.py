@@ -78,6 +78,30 @@ def test_activations_preserve_variance(name):
   np.testing.assert_allclose(variance, 1, rtol=3e-3)
 
 
+@pytest.mark.parametrize(
+  # In bfloat16 half of the last bit of numbers between 1 and 2.
+  ("dtype", "error"),
+  [(jnp.float32, 4e-6), (jnp.bfloat16, 0.004)],
+)
+def test_derivatives_of_gelu_next_to_double_precision(dtype, error):
+  x = np.concatenate([np.linspace(-9, 9, 20_001), [-1e4, 1e4]])
+  x = jnp.asarray(x, dtype)
+  slope = jax.vmap(jax.grad(layers.gelu))(x)
+  curvature = jax.vmap(jax.grad(jax.grad(layers.gelu)))(x)
+  assert slope.dtype == curvature.dtype == dtype
+
+  x = np.asarray(x, np.float64)
+  a, c = np.sqrt(2 / np.pi), 0.044715
+  u, du, ddu = a * (x + c * x**3), a * (1 + 3 * c * x**2), 6 * a * c * x
+  t = np.tanh(u)
+  dt = (1 - t**2) * du
+  ddt = (1 - t**2) * ddu - 2 * t * dt * du
+  exact = 0.5 * (1 + t) + 0.5 * x * dt
+  np.testing.assert_allclose(slope.astype(float), exact, atol=error)
+  exact = dt + 0.5 * x * ddt
+  np.testing.assert_allclose(curvature.astype(float), exact, atol=5 * error)
+
+
 def _apply(function, *args):
   network = hk.transform(function)
   params = network.init(jax.random.key(0), *args)

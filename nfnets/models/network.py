@@ -89,21 +89,25 @@ class NFBlock(hk.Module):
     for i, conv in enumerate(convs):
       out = conv(act(out) if i else out)
     if block.attention is not None and block.attention.is_in_middle:
-      out = self._attend(out)
+      out *= self._gate(out)
     out = last(act(out))
-    if block.attention is not None and not block.attention.is_in_middle:
-      out = self._attend(out)
-    residual_variance = jnp.mean(jnp.var(out.astype(jnp.float32), (0, 1, 2)))
 
+    # What scales the branch is one small factor, multiplied with it once.
+    scale = 1.0
+    if block.attention is not None and not block.attention.is_in_middle:
+      scale = self._gate(out)
+    residual_variance = jnp.mean(
+      jnp.var((out * scale).astype(jnp.float32), (0, 1, 2))
+    )
     if drawn.keep is not None:
-      out *= drawn.keep[:, None, None, None].astype(out.dtype)
+      scale *= drawn.keep[:, None, None, None]
     # SkipInit: every block starts as its shortcut.
     skip_gain = hk.get_parameter("skip_gain", (), jnp.float32, jnp.zeros)
-    out = shortcut + out * (self.alpha * skip_gain).astype(out.dtype)
-    return out, residual_variance
+    scale *= self.alpha * skip_gain
+    return shortcut + out * scale.astype(out.dtype), residual_variance
 
-  def _attend(self, x: jax.Array) -> jax.Array:
-    return x * self.attention(x) * 2  # 2: the gate starts near 1/2.
+  def _gate(self, x: jax.Array) -> jax.Array:
+    return self.attention(x) * 2  # 2: the gate starts near 1/2.
 
 
 class Network(hk.Module):
