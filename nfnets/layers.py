@@ -138,10 +138,11 @@ def _standardize_backward(residuals, grad):
   sums = jnp.sum(grad, (0, 1, 2))  # [C_out], as all that follow from it.
   product = jnp.sum(grad * w, (0, 1, 2)) - mean * sums
   inverse = jax.lax.rsqrt(jnp.maximum(squares, STANDARDIZE_EPS))
-  pull = jnp.where(squares > STANDARDIZE_EPS, product * inverse**2, 0)
+  dgain = product * inverse
+  pull = jnp.where(squares > STANDARDIZE_EPS, dgain * inverse, 0)
   shift = sums / math.prod(w.shape[:3]) - mean * pull
   shift, pull, scale = map(_along_channels, (shift, pull, gain * inverse))
-  return scale * (grad - shift - w * pull), product * inverse
+  return scale * (grad - shift - w * pull), dgain
 
 
 standardize.defvjp(_standardize_forward, _standardize_backward)

@@ -185,12 +185,14 @@ class Network(hk.Module):
   def _draw(self, num: int, is_training: bool) -> list[Drawn]:
     """For each block."""
     blocks = self.plan.blocks
-    betas = [np.float32(block.beta) for block in blocks]
+    betas = np.array([block.beta for block in blocks], np.float32)
     keep_rates = [1 - block.stochdepth_rate for block in blocks]
-    if not is_training or min(keep_rates) == 1:
+    if not is_training:
       return [Drawn(beta, None) for beta in betas]
-    keep = layers.stochastic_depth(hk.next_rng_key(), keep_rates, num)
-    return [Drawn(*pair) for pair in zip(betas, keep, strict=True)]
+    keep = None
+    if min(keep_rates) < 1:
+      keep = layers.stochastic_depth(hk.next_rng_key(), keep_rates, num)
+    return _rows(Drawn(betas, keep))
 
   def _run_stage(
     self, members: list[int], x: jax.Array, drawn: list[Drawn]
@@ -234,6 +236,20 @@ class Network(hk.Module):
     if self.execution.remat not in where or hk.running_init():
       return function
     return hk.remat(function)
+
+
+def _rows(arrays: Any) -> list[Any]:
+  """A tree of arrays as a list of trees, along the first axis.
+
+  By a loop: what is cut from an array by its index, or is a constant, XLA makes
+  a part of the operations that use it, so that they differ and each is compiled
+  apart.
+  """
+  arrays = jax.tree.map(jnp.asarray, arrays)
+  (num,) = {len(array) for array in jax.tree.leaves(arrays)}
+  row = lambda i: jax.tree.map(lambda array: array[i], arrays)
+  rows = [jax.tree.map(jnp.zeros_like, row(0))] * num
+  return jax.lax.fori_loop(0, num, lambda i, rows: [*rows[1:], row(i)], rows)
 
 
 def _relative_params(block: NFBlock) -> hk.Params:
