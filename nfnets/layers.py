@@ -148,6 +148,25 @@ def _standardize_backward(residuals, grad):
 standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
+@jax.custom_jvp
+def _once_there(gain: jax.Array, x: jax.Array) -> jax.Array:
+  """`gain` [C_out], as soon as activations [N, H, W, C] are there.
+
+  XLA on CPU would standardise all kernels before the first convolution, into
+  memory of their own, far from when they are used. That it waits for x it must
+  be told by a condition, though one that is never met: barriers it removes.
+  """
+  first = x[0, 0, 0, 0]
+  is_never = jnp.isnan(first) & jnp.isinf(first)
+  return jnp.where(is_never, 0, gain)
+
+
+@_once_there.defjvp
+def _once_there_derivative(primals, tangents):
+  # For the gradient kernels are kept anyway.
+  return primals[0], tangents[0]
+
+
 def folded_kernel(w: np.ndarray, gain: np.ndarray) -> np.ndarray:
   """`standardize` in NumPy, for weights that do not change any more."""
   w, gain = np.asarray(w), np.asarray(gain)
@@ -193,6 +212,8 @@ class WSConv2D(hk.Module):
     w = hk.get_parameter("w", shape, jnp.float32, init)
     if not self.is_folded:
       gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
+      if jax.default_backend() == "cpu":
+        gain = _once_there(gain, x)
       w = standardize(w, gain)
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
     out = convolution.conv2d(

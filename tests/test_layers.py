@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfnets import layers
+from nfnets import layers, models
 
 
 def _normal(*shape, seed=0):
@@ -64,6 +64,24 @@ def test_gradients_of_standardization_are_the_derived_ones(scale):
   )
   for a, b in zip(ours, derived, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
+
+
+@pytest.mark.parametrize("first", [0.5, np.nan, np.inf, -np.inf])
+def test_an_image_that_is_not_finite_leaves_the_others_alone(first):
+  x = _normal(2, 4, 4, 8).at[0, 0, 0, 0].set(first)
+  outs = _apply(lambda x: layers.WSConv2D(8, 1)(x), x)
+  assert np.isfinite(outs[1]).all()
+  assert np.isfinite(outs[0, 0, 0]).all() == np.isfinite(first)
+
+
+def test_evaluation_does_not_hold_all_standardized_kernels_at_once():
+  model = models.make("nfnet_f0", depth=(1, 1, 2, 1))
+  params, _ = model.shapes()
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  apply = lambda *args: model.apply(args[0], {}, None, args[1])[0]["logits"]
+  program = jax.jit(apply).lower(params, images).compile()
+  weights = 4 * model.count_params()
+  assert program.memory_analysis().temp_size_in_bytes < weights / 4
 
 
 @pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
