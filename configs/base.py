@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
   # or all but the inputs of "blocks" or "stages".
   config.train.remat = "none"
   # Whether equal blocks are compiled once, as a loop: deep networks compile
-  # faster and run slower (on a CPU F7's gradient compiles 3 times as fast, F0's
+  # faster and run slower (on a CPU F7's gradient compiles twice as fast, F0's
   # runs 10 % slower: experiments/speed.md).
   config.train.scan = False
   config.train.label_smoothing = 0.1  # Share spread over all classes.
