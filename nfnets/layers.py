@@ -204,7 +204,16 @@ class WSConv2D(hk.Module):
     self.is_folded = is_folded
     self.form = form
 
-  def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C_in]
+  def __call__(
+    self, x: jax.Array, after: jax.Array | None = None
+  ) -> jax.Array:
+    """[N, H, W, C_in] -> [N, H', W', C_out].
+
+    `after`, a rank-4 array, is what a CPU waits for before it standardises the
+    kernel in an evaluation; None: for x. Where x is quickly computed from a
+    result that is in memory (the activation of a convolution), that is better:
+    with x in use twice, XLA would compute its steps one by one.
+    """
     size, channels = self.kernel_size, self.output_channels
     shape = (size, size, x.shape[-1] // self.groups, channels)
     # Standardisation makes the network insensitive to the scale.
@@ -213,7 +222,7 @@ class WSConv2D(hk.Module):
     if not self.is_folded:
       gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
       if jax.default_backend() == "cpu":
-        gain = _once_there(gain, x)
+        gain = _once_there(gain, x if after is None else after)
       w = standardize(w, gain)
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
     out = convolution.conv2d(
@@ -225,7 +234,7 @@ class WSConv2D(hk.Module):
       form=self.form,
     )
     bias = _along_channels(bias.astype(x.dtype))
-    return out + bias  # [N, H', W', C_out]
+    return out + bias
 
 
 def _along_channels(vector: jax.Array) -> jax.Array:  # [C] -> [1, 1, 1, C]

@@ -83,14 +83,17 @@ class NFBlock(hk.Module):
     shortcut = x
     if self.shortcut is not None:
       is_pooled = block.is_pooled and block.stride > 1
-      shortcut = self.shortcut(layers.average_pool(out) if is_pooled else out)
+      shortcut = self.shortcut(
+        layers.average_pool(out) if is_pooled else out, after=x
+      )
 
-    *convs, last = self.convs
-    for i, conv in enumerate(convs):
-      out = conv(act(out) if i else out)
+    first, *convs, last = self.convs
+    out = first(out, after=x)
+    for conv in convs:
+      out = conv(act(out), after=out)
     if block.attention is not None and block.attention.is_in_middle:
       out *= self._gate(out)
-    out = last(act(out))
+    out = last(act(out), after=out)
 
     # What scales the branch is one small factor, multiplied with it once.
     scale = 1.0
@@ -177,7 +180,7 @@ class Network(hk.Module):
 
   def _run_stem(self, x: jax.Array) -> jax.Array:
     for i, conv in enumerate(self.stem):
-      x = conv(self.activation(x) if i else x)
+      x = conv(self.activation(x) if i else x, after=x)
     if self.plan.has_stem_pool:
       x = layers.max_pool(x, self.plan.padding)
     return x
