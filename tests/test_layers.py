@@ -1,10 +1,12 @@
 """Layers: properties of standardisation, activations and gates."""
 
 import haiku as hk
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from nfnets import layers, models
 
@@ -27,9 +29,30 @@ def test_standardized_kernels_have_zero_mean_and_squares_of_gain(shape):
 )
 def test_standardization_next_to_double_precision(mean, error):
   w = np.asarray(mean + _normal(3, 3, 128, 32)) / 36
-  ours = layers.standardize(jnp.asarray(w), jnp.ones(32))
   exact = layers.folded_kernel(w.astype(np.float64), np.ones(32))
-  assert abs(ours - exact).max() <= error * abs(exact).max()
+  evaluated = layers.standardize(jnp.asarray(w), jnp.ones(32))
+  trained, _ = jax.vjp(layers.standardize, jnp.asarray(w), jnp.ones(32))
+  for ours in (evaluated, trained):
+    assert abs(ours - exact).max() <= error * abs(exact).max()
+
+
+@hypothesis.given(
+  size=strategies.sampled_from((1, 3)),
+  inputs=strategies.sampled_from((5, 16, 32, 48)),  # 5: no slices of sums.
+  outputs=strategies.integers(1, 9),
+  seed=strategies.integers(0, 99),
+)
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_kernels_of_evaluation_are_those_of_training(
+  size, inputs, outputs, seed
+):
+  w = _normal(size, size, inputs, outputs, seed=seed)
+  gain = _normal(outputs, seed=seed + 1)
+  trained, _ = jax.vjp(layers.standardize, w, gain)
+  # Sums in another order.
+  np.testing.assert_allclose(
+    layers.standardize(w, gain), trained, rtol=1e-5, atol=1e-6
+  )
 
 
 def test_standardization_has_a_floor_instead_of_a_summand():
