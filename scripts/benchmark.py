@@ -2,8 +2,9 @@
 
 Started by benchmark.sh. Each contestant runs in a process of its own that is
 built, compiled and warm before the first round; then they are timed in turn,
-A B C A B C, while the others wait, so that what changes on the machine changes
-for all. Ratios are taken round by round against timm's fastest setting.
+A B C C B A, while the others wait, so that what changes on the machine changes
+for all, and none always follows the same one. Ratios are taken round by round
+against timm's fastest setting.
 """
 
 import argparse
@@ -188,7 +189,7 @@ class Benchmark:
           if (entry := self._make_ready(what, task, model, name, stack))
         ]
         for i in range(self.args.rounds):
-          for entry in entries:
+          for entry in reversed(entries) if i % 2 else entries:
             if "error" not in entry.row:
               self._time(entry, i)
         for entry in entries:
