@@ -120,7 +120,7 @@ def standardize(w: jax.Array, gain: jax.Array) -> jax.Array:
 
 
 def _standardize_forward(w, gain):
-  return _standardized(w, gain, jnp.sum(w, (0, 1, 2)), jnp.sum(w**2, (0, 1, 2)))
+  return _standardized(w, gain, *_sums(w))
 
 
 def _standardized(w, gain, total, total_of_squares):
@@ -133,8 +133,13 @@ def _standardized(w, gain, total, total_of_squares):
   return out, (w, gain, mean, squares)
 
 
+def _sums(w):
+  """Of the fan-ins and of their squares, each [C_out]."""
+  return jnp.sum(w, (0, 1, 2)), jnp.sum(w**2, (0, 1, 2))
+
+
 def _sums_in_one_pass(w):
-  """Of the fan-ins and of their squares, each [C_out].
+  """The same for evaluation.
 
   XLA on CPU makes a pass over the kernel for each sum. One operation with two
   results is one pass, and fast for few summands; what it leaves is a sixteenth.
@@ -142,7 +147,7 @@ def _sums_in_one_pass(w):
   """
   size, slices = math.prod(w.shape[:3]), 16
   if size % slices or jax.default_backend() != "cpu":
-    return jnp.sum(w, (0, 1, 2)), jnp.sum(w**2, (0, 1, 2))
+    return _sums(w)
   w = w.reshape(slices, -1)
   add = lambda a, b: (a[0] + b[0], a[1] + b[1])
   sums = jax.lax.reduce((w, w**2), (0.0, 0.0), add, (0,))
