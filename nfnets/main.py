@@ -33,21 +33,24 @@ _WEIGHTS_HELP = (
 )
 
 
-# Memory in pages of 2 MB rather than 4 kB, where the system has them. XLA takes
-# the memory of a program on a CPU anew at every call, and each page of it is
-# cleared: with small ones a fifth of the time of F0's gradient goes there
-# (experiments/speed.md).
-LARGE_PAGES = "glibc.malloc.hugetlb=1"
+# Memory in pages of 2 MB rather than 4 kB, where the system has them, and kept
+# when it is free. XLA takes a program's memory on a CPU anew at every call, and
+# the system clears each page that it gives: with small ones a fifth of the time
+# of F0's gradient goes there (experiments/speed.md).
+MALLOC = (
+  "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824"
+  ":glibc.malloc.trim_threshold=4294967296"
+)
 
 
 def start() -> int:
-  """The console script: `main` in a process with large pages.
+  """The console script: `main` in a process with `MALLOC`.
 
   The C library reads such settings when a process begins and not later, so this
   one begins again, with the same arguments and process id.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = LARGE_PAGES
+    os.environ["GLIBC_TUNABLES"] = MALLOC
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
   return main()
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from benchmark_worker import Job
 
-from nfnets.main import LARGE_PAGES
+from nfnets.main import MALLOC
 
 # No compilation may come from an earlier run; several processes share a GPU,
-# so none takes it all; and libraries keep to themselves what they think. Large
-# pages are what `nfnets` starts with; PyTorch gets them too.
+# so none takes it all; and libraries keep to themselves what they think. Memory
+# is set as `nfnets` starts with it; for PyTorch too.
 _ENVIRONMENT = {
-  "GLIBC_TUNABLES": LARGE_PAGES,
+  "GLIBC_TUNABLES": MALLOC,
   "JAX_ENABLE_COMPILATION_CACHE": "false",
   "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   "TF_CPP_MIN_LOG_LEVEL": "3",

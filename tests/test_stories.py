@@ -22,6 +22,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
+from nfnets import main
+
 # 45 steps of a network that compiles in seconds, with a row for each step.
 TINY_RUN = [
   *(f"--config.model.{k}={v}" for k, v in SMALL.items()),
@@ -439,7 +441,7 @@ def test_info(nfnets):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own setting")
 @pytest.mark.parametrize("given", [None, "glibc.malloc.perturb=0"])
-def test_a_command_starts_with_large_pages_unless_told_otherwise(given):
+def test_a_command_starts_with_its_memory_settings_unless_told_otherwise(given):
   code = (
     "import os, sys; from nfnets import main;"
     "main.main = lambda: print(os.getpid(), os.environ['GLIBC_TUNABLES'],"
@@ -455,7 +457,7 @@ def test_a_command_starts_with_large_pages_unless_told_otherwise(given):
     text=True,
   ) as process:
     seen = process.stdout.read().strip()
-  wanted = given or "glibc.malloc.hugetlb=1"
+  wanted = given or main.MALLOC
   assert seen == f"{process.pid} {wanted} ['a b', '--c=1']"
 
 
