@@ -252,20 +252,26 @@ def test_other_settings_may_change_and_are_told(copy, nfnets):
   assert read_rows(copy)[-1]["step"] == 49
 
 
-def test_a_run_goes_on_with_its_blocks_as_a_loop(nfnets, tmp_path):
+def test_a_run_goes_on_with_its_blocks_as_a_loop(nfnets, environment, tmp_path):
   """And back: what is saved does not depend on it."""
   options = [option for option in TINY_RUN if "model.depth" not in option]
-  options += ["--config.model.depth=2,3"]
+  options += ["--config.model.depth=2,3", "--config.train.epochs=0.5"]
   options += ["--config.model.drop_rate=0", "--config.model.stochdepth_rate=0"]
 
-  def train(name, epochs, scan):
-    more = [f"--config.train.epochs={epochs}", f"--config.train.scan={scan}"]
-    _last_line(nfnets("train", f"--workdir={tmp_path / name}", *options, *more))
+  def arguments(name, scan):
+    workdir = f"--workdir={tmp_path / name}"
+    return ["train", workdir, *options, f"--config.train.scan={scan}"]
 
-  train("loop", 0.2, True)
+  assert kill_when(
+    (tmp_path / "loop" / "checkpoints" / "7").is_dir,
+    [sys.executable, "-m", "nfnets.main", *arguments("loop", True)],
+    environment,
+  )
   shutil.copytree(tmp_path / "loop", tmp_path / "turn")
-  train("loop", 0.4, True)
-  train("turn", 0.4, False)
+  for name, scan in (("loop", True), ("turn", False)):
+    result = nfnets(*arguments(name, scan))
+    _last_line(result)
+    assert "from step 7" in result.stdout
   loop, turn = (
     load_file(tmp_path / name / "weights.safetensors")
     for name in ("loop", "turn")
