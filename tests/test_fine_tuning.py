@@ -33,7 +33,7 @@ OPTIONS = [
   "--config.optim.lr_per_256=0.5",
 ]
 # Saves before the second evaluation, so that there is something to go on from.
-KILLED_OPTIONS = ["--config.checkpoint_every_steps=6"]
+KILLED_OPTIONS = ["--config.checkpoint_every_steps=25"]
 
 
 def _write_digits(folder, digits, numbers, suffix="png", mode="RGB"):
@@ -133,7 +133,7 @@ def test_two_rounds(start, nfnets, environment, tmp_path):
   command = [*_fine_tune(start, photos, killed), *KILLED_OPTIONS]
   checkpoints = killed / "round_002" / "checkpoints"
   assert kill_when(
-    lambda: (checkpoints / "6").is_dir(),
+    lambda: (checkpoints / "25").is_dir(),
     [sys.executable, "-m", "nfnets.main", "train", *command],
     environment,
   )
