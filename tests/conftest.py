@@ -1,7 +1,7 @@
 """Eight fake CPU devices, no silent broadcasting between ranks, and fixtures.
 
 The environment is set before JAX is imported. Commands started by the stories
-compile as a user's do, and see one device unless a test asks for more.
+see one device unless a test asks for more.
 """
 
 import os
@@ -10,9 +10,11 @@ _DEVICES = "--xla_force_host_platform_device_count"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # More threads than cores: fake devices wait for each other inside a step.
 os.environ["NPROC"] = "16"
-# These tests compile much and compute little: code generation at its fastest.
-_FLAGS = f"{_DEVICES}=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+# These tests compile much and compute little.
+_FAST_COMPILATION = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), f"{_DEVICES}=8", _FAST_COMPILATION]
+)
 
 import json  # noqa: E402
 import pathlib  # noqa: E402
@@ -105,7 +107,7 @@ def environment(tmp_path_factory):
   """Environment of started commands: one device, compilations shared."""
   cache = tmp_path_factory.getbasetemp() / "compiled"
   return os.environ | {
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": _FAST_COMPILATION,
     "NFNETS_RUNS": "runs",  # In the folder that the command is started in.
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -67,8 +67,6 @@ def executed(environment, tmp_path_factory, request):
       "IPYTHONDIR": str(folder / "ipython"),
       "PYTHONPATH": str(FOLDER.parent.parent),
       "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-      # Compiles faster; the few steps run slower.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     client = nbclient.NotebookClient(
       notebook,

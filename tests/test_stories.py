@@ -414,7 +414,7 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
 
 def test_the_first_run_of_the_readme_learns(nfnets, tmp_path):
   """The embedded default, as it is: at least 98.5 % on held-out digits."""
-  result = nfnets("train", cwd=tmp_path)
+  result = nfnets("train", cwd=tmp_path, XLA_FLAGS="")
   found = re.fullmatch(
     r"done: test accuracy (\d+\.\d\d)% \(EMA weights\); weights and curves "
     r"are in runs/digits",
