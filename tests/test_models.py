@@ -321,27 +321,28 @@ def test_training_uses_its_randomness_and_evaluation_none():
 )
 def test_all_ways_to_compute_a_network_are_equal(execution):
   """Losses and gradients in training, with dropped branches and features."""
-  row = SMALL | {"depth": (1, 3), "drop_rate": 0.2, "stochdepth_rate": 0.5}
-  params = draw_params(param_shapes(models.make("nfnet_tiny", 10, **row)))
-  images = np.random.default_rng(0).standard_normal((4, 24, 24, 3), np.float32)
-
-  def loss_and_gradient(**execution):
-    model = models.make("nfnet_tiny", 10, **row, **execution)
-
-    def loss(params):
-      key = jax.random.key(2)
-      outputs, _ = model.apply(params, {}, key, images, is_training=True)
-      return jnp.sum(outputs["logits"] ** 2)
-
-    return jax.jit(jax.value_and_grad(loss))(params)
-
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
       a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max())
     ),
-    loss_and_gradient(**execution),
-    loss_and_gradient(convolution="xla"),
+    _loss_and_gradient(**execution),
+    _loss_and_gradient(convolution="xla"),
   )
+
+
+@functools.cache
+def _loss_and_gradient(**execution):
+  row = SMALL | {"depth": (1, 3), "drop_rate": 0.2, "stochdepth_rate": 0.5}
+  model = models.make("nfnet_tiny", 10, **row, **execution)
+  params = draw_params(param_shapes(model))
+  images = np.random.default_rng(0).standard_normal((4, 24, 24, 3), np.float32)
+
+  def loss(params):
+    key = jax.random.key(2)
+    outputs, _ = model.apply(params, {}, key, images, is_training=True)
+    return jnp.sum(outputs["logits"] ** 2)
+
+  return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.mark.parametrize(
