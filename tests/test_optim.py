@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import load_json, param_shapes
 
@@ -45,6 +46,37 @@ def test_optimizer_clips_and_decays_by_group():
   got = [float(updates[module][name].ravel()[0]) for module, name in names]
   # Clipped units have gradient 0.01 per entry; decay adds 0.5 to weights.
   np.testing.assert_allclose(got, [-(0.01 + 0.5), -0.01, -(100 + 0.5)], 1e-5)
+
+
+def test_decay_and_momentum_are_those_of_optax():
+  """Operation by operation to the last bit; compiled, to its rounding."""
+  rng = np.random.default_rng(0)
+  draw = lambda: {
+    name: rng.standard_normal((3, 4), np.float32)
+    for name in ("kept", "decayed")
+  }
+  mask = lambda params: {name: name == "decayed" for name in params}
+  theirs = optax.chain(
+    optax.add_decayed_weights(0.1, mask=mask), optax.trace(0.9, nesterov=True)
+  )
+  ours = optim.decayed_nesterov(0.9, 0.1, mask)
+  params = draw()
+  state, compiled_state = ours.init(params), ours.init(params)
+  their_state = theirs.init(params)
+  for _ in range(4):
+    grads = draw()
+    expected, their_state = theirs.update(grads, their_state, params)
+    updates, state = ours.update(grads, state, params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    compiled, compiled_state = jax.jit(ours.update)(
+      grads, compiled_state, params
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+      compiled,
+      expected,
+    )
+    params = optax.apply_updates(params, updates)
 
 
 def test_schedule_is_the_published_one():
