@@ -103,6 +103,8 @@ def make_optimizer(
     )
     chain.append(optax.masked(clip, in_groups(lambda group: group.clipped)))
   chain += [
+    # Nothing but the place of optax's decay in the state, for checkpoints.
+    optax.masked(optax.identity(), True),
     decayed_nesterov(
       momentum, weight_decay, in_groups(lambda group: group.decayed)
     ),

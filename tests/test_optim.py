@@ -79,6 +79,18 @@ def test_decay_and_momentum_are_those_of_optax():
     params = optax.apply_updates(params, updates)
 
 
+def test_state_is_laid_out_as_that_of_optax():
+  """Checkpoints of runs that decayed and accumulated with optax are resumed."""
+  params = {"net/conv": {"w": jnp.ones((4, 4)), "gain": jnp.ones(4)}}
+  by_optax = optax.chain(
+    optax.add_decayed_weights(0.1, mask=True),
+    optax.trace(0.9, nesterov=True),
+    optax.scale_by_learning_rate(lambda step: 0.1),
+  )
+  state = optim.make_optimizer(lambda step: 0.1, clipping=None).init(params)
+  assert jax.tree.structure(state) == jax.tree.structure(by_optax.init(params))
+
+
 def test_schedule_is_the_published_one():
   schedule = optim.make_schedule(peak=0.2, warmup_steps=2, total_steps=20)
   expected = load_json("train_tiny.json")["lrs"]
