@@ -134,7 +134,7 @@ def decayed_nesterov(
   Args:
     momentum: Share of m that is kept.
     weight_decay: Share of w that is added.
-    is_decayed: Tells of parameters which are decayed, as a tree of bools.
+    is_decayed: Tells which parameters are decayed, as a tree of bools.
   """
 
   def init(params):

@@ -273,7 +273,8 @@ class _InFlight:
   ):
     self._recipe, self._checkpoints = r, checkpoints
     self._bar, self._log = bar, log
-    self._schedule = jax.jit(r.make_schedule())  # 30 ms one by one.
+    # Compiled: operation by operation it takes 30 ms.
+    self._schedule = jax.jit(r.make_schedule())
     self._steps: collections.deque[tuple[int, Any]] = collections.deque()
 
   def add(self, step: int, values: Any) -> None:
