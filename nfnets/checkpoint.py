@@ -120,6 +120,12 @@ class Checkpoints:
         step, args=self._ocp.args.Composite(**items)
       )
     except Exception as error:  # Orbax and TensorStore raise many kinds.
+      if "tree structures do not match" in str(error):
+        raise InputError(
+          f"the checkpoint {self.folder(step)} is of another model, or of "
+          "another version of nfnets: go on with what wrote it, or choose "
+          "another --workdir"
+        ) from error
       steps = [s for s in self._manager.all_steps() if s != step]
       to_do = (
         f"remove that folder to go on from step {max(steps)}"

@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import SMALL, draw_params, load_json, param_shapes
 
-from nfnets import agc, augment, devices, models, optim, sam, steps
+from nfnets import agc, augment, checkpoint, devices, models, optim, sam, steps
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
 
@@ -301,6 +301,19 @@ def test_evaluation_ignores_padding(num_devices):
   assert float(sums["top5"]) == np.sum(order[:, :5] == labels[:, None])
   log_probs = jax.nn.log_softmax(logits)[np.arange(5), labels]
   np.testing.assert_allclose(sums["loss"], -jnp.sum(log_probs), rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_structure_is_not_called_damaged(tmp_path):
+  state, _, mesh = _setup(ONE_BLOCK, 1)
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(state._replace(step=np.int32(step)), position=step)
+    checkpoints.wait()
+    other = state._replace(opt_state=(state.opt_state, np.zeros(3)))
+    with pytest.raises(InputError, match=r"2 is of another model, or of anoth"):
+      checkpoints.restore(other, mesh)
+    restored, position = checkpoints.restore(state, mesh)
+  assert (int(restored.step), position) == (2, 2)
 
 
 def test_unknown_precision_is_an_error():
