@@ -135,10 +135,10 @@ def decayed_nesterov(
     momentum: Share of m that is kept.
     weight_decay: Share of w that is added.
     is_decayed: Tells which parameters are decayed, as a tree of bools.
-  """
 
-  def init(params):
-    return optax.TraceState(optax.tree.zeros_like(params))
+  Returns:
+    A transformation whose state is an `optax.TraceState`.
+  """
 
   def update(updates, state, params):
     def accumulate(g, w, m, decays):
@@ -154,7 +154,7 @@ def decayed_nesterov(
     updates = jax.tree.map(look_ahead, updates, params, m, decays)
     return updates, optax.TraceState(m)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(optax.trace(momentum).init, update)
 
 
 def update_ema(

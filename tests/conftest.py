@@ -1,7 +1,7 @@
 """Eight fake CPU devices, no silent broadcasting between ranks, and fixtures.
 
 The environment is set before JAX is imported. Commands started by the stories
-see one device unless a test asks for more.
+compile fast, and see one device, unless a test asks for something else.
 """
 
 import os

@@ -16,10 +16,6 @@ import pytest
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 
-# Compiled in a hurry: the figures do not matter.
-FLAGS = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 SMALL = ("--depth=1,1,1,1", "--batch=2", "--size=32", "--seconds=0.05")
 
 
@@ -33,7 +29,7 @@ def _run(command, environment, out, *options):
   """Runs it; what it printed and the data that it wrote."""
   result = subprocess.run(
     [*command, *SMALL, *options, f"--out={out}"],
-    env=environment | {"XLA_FLAGS": FLAGS},
+    env=environment,
     capture_output=True,
     text=True,
     check=False,
