@@ -118,10 +118,11 @@ def _by_group(x, w, *, stride, groups, padding):
   run = functools.partial(xla, stride=stride, groups=1, padding=padding)
   pads = _pads(x.shape, kernel, stride, padding)
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
+  prepare = lambda w: w
   if _is_for_winograd(x, kernel, stride):
     height, width = x.shape[1:3]
     if height >= _HEIGHT_FOR_WINOGRAD:
-      run = winograd.convolve
+      run, prepare = winograd.convolve, winograd.kernel_positions
     if height >= _HEIGHT_FOR_WINOGRADS_GRADIENTS:
       gradients = winograd.gradients
     if height * width >= _PIXELS_FOR_IMAGES:
@@ -130,7 +131,7 @@ def _by_group(x, w, *, stride, groups, padding):
   @jax.custom_vjp
   def convolve(x, w):
     is_in_place = stride == 1 and x.shape[-1] == w.shape[-1]
-    return _each_group(groups, run, x, w, is_in_place=is_in_place)
+    return _each_group(groups, run, x, prepare(w), is_in_place=is_in_place)
 
   def forward(x, w):
     return convolve(x, w), (x, w)

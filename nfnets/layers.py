@@ -176,16 +176,17 @@ standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
 @jax.custom_jvp
-def _once_there(gain: jax.Array, x: jax.Array) -> jax.Array:
-  """`gain` [C_out], as soon as activations [N, H, W, C] are there.
+def _once_there(array: jax.Array, x: jax.Array) -> jax.Array:
+  """The array, as soon as activations x [N, H, W, C] are there.
 
-  XLA on CPU would standardise all kernels before the first convolution, into
-  memory of their own, far from when they are used. That it waits for x it must
-  be told by a condition, though one that is never met: barriers it removes.
+  XLA on CPU would standardise all kernels, and combine them for Winograd's
+  algorithm, before the first convolution, into memory of their own, far from
+  when they are used. That it waits for x it must be told by a condition, though
+  one that is never met: barriers it removes.
   """
   first = x[0, 0, 0, 0]
   is_never = jnp.isnan(first) & jnp.isinf(first)
-  return jnp.where(is_never, 0, gain)
+  return jnp.where(is_never, 0, array)
 
 
 @_once_there.defjvp
@@ -235,20 +236,23 @@ class WSConv2D(hk.Module):
     """[N, H, W, C_in] -> [N, H', W', C_out].
 
     `after`, a rank-4 array, is what a CPU waits for before it standardises the
-    kernel in an evaluation; None: for x. Where x is quickly computed from a
-    result that is in memory (the activation of a convolution), that is better:
-    with x in use twice, XLA would compute its steps one by one.
+    kernel in an evaluation, or combines a folded one; None: for x. Where x is
+    quickly computed from a result that is in memory (the activation of a
+    convolution), that is better: with x in use twice, XLA would compute its
+    steps one by one.
     """
     size, channels = self.kernel_size, self.output_channels
     shape = (size, size, x.shape[-1] // self.groups, channels)
     # Standardisation makes the network insensitive to the scale.
     init = Draw("normal", math.prod(shape[:-1]) ** -0.5)
     w = hk.get_parameter("w", shape, jnp.float32, init)
+    awaited = x if after is None else after
+    is_waiting = jax.default_backend() == "cpu"
     if not self.is_folded:
       gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
-      if jax.default_backend() == "cpu":
-        gain = _once_there(gain, x if after is None else after)
-      w = standardize(w, gain)
+      w = standardize(w, _once_there(gain, awaited) if is_waiting else gain)
+    elif is_waiting and size > 1 and self.form is None:
+      w = _once_there(w, awaited)  # Not in exports, which have a form.
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
     out = convolution.conv2d(
       x,
