@@ -278,6 +278,9 @@ class _InFlight:
     self._steps: collections.deque[tuple[int, Any]] = collections.deque()
 
   def add(self, step: int, values: Any) -> None:
+    if self._is_logged(step):
+      # Given to the device now: as the step lands, it would wait for later ones.
+      values = values | {"learning_rate": self._schedule(step - 1)}
     self._steps.append((step, values))
     if len(self._steps) > _MAX_IN_FLIGHT:
       self._land_oldest()
@@ -297,10 +300,12 @@ class _InFlight:
       config = self._recipe.config
       raise DivergedError(_advice(step, values, self._checkpoints, config))
     self._bar.update(step, values)
-    every = self._recipe.config.log_every_steps
-    if step % every == 0 or step == self._recipe.total_steps:
-      values["learning_rate"] = float(self._schedule(step - 1))
+    if self._is_logged(step):
       self._log.write(step, "train", values)
+
+  def _is_logged(self, step: int) -> bool:
+    every = self._recipe.config.log_every_steps
+    return step % every == 0 or step == self._recipe.total_steps
 
 
 def _evaluate(
