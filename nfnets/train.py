@@ -279,7 +279,7 @@ class _InFlight:
 
   def add(self, step: int, values: Any) -> None:
     if self._is_logged(step):
-      # Given to the device now: as the step lands, it would wait for later ones.
+      # Given to the device now: later it would wait for the steps in flight.
       values = values | {"learning_rate": self._schedule(step - 1)}
     self._steps.append((step, values))
     if len(self._steps) > _MAX_IN_FLIGHT:
