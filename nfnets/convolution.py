@@ -18,20 +18,20 @@ import jax.numpy as jnp
 from nfnets import winograd
 from nfnets.errors import unknown
 
-# Of `products`: from so many pixels of the output and channels of the input on
-# kernel gradients are products rather than XLA's convolution; from so many
-# pixels on images come one by one, as what is made of a whole batch no longer
-# fits the processor's cache.
-_PIXELS_FOR_PRODUCTS = 400
+# Of `products`: from so many pixels of all images and channels of the input on
+# kernel gradients are products rather than XLA's convolution. Images come in
+# parts of no more pixels than this, as what is made of more no longer fits the
+# processor's cache.
+_PIXELS_FOR_PRODUCTS = 1600
 _CHANNELS_FOR_PRODUCTS = 16
-_PIXELS_FOR_IMAGES = 1024
+_PIXELS_OF_A_PART = 2304
 
 # Where `products` takes Winograd's algorithm: from this height on, and from so
-# many channels on; of images that are large enough for products, fewer.
+# many channels on; where there are pixels enough for products, fewer.
 _HEIGHT_FOR_WINOGRAD = 12
 _HEIGHT_FOR_WINOGRADS_GRADIENTS = 8
 _CHANNELS_FOR_WINOGRAD = 64
-_CHANNELS_OF_LARGE_IMAGES = 16
+_CHANNELS_OF_MANY_PIXELS = 16
 
 
 def conv2d(
@@ -120,13 +120,11 @@ def _by_group(x, w, *, stride, groups, padding):
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
   prepare = lambda w: w
   if _is_for_winograd(x, kernel, stride):
-    height, width = x.shape[1:3]
+    height = x.shape[1]
     if height >= _HEIGHT_FOR_WINOGRAD:
-      run, prepare = winograd.convolve, winograd.kernel_positions
+      run, prepare = _in_parts(winograd.convolve), winograd.kernel_positions
     if height >= _HEIGHT_FOR_WINOGRADS_GRADIENTS:
-      gradients = winograd.gradients
-    if height * width >= _PIXELS_FOR_IMAGES:
-      run, gradients = _each_image(run), _each_image_gradients(gradients)
+      gradients = _gradients_in_parts(winograd.gradients)
 
   @jax.custom_vjp
   def convolve(x, w):
@@ -145,8 +143,8 @@ def _by_group(x, w, *, stride, groups, padding):
 
 def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
   """Whether it is faster where images are high enough."""
-  is_large = x.shape[1] * x.shape[2] >= _PIXELS_FOR_PRODUCTS
-  channels = _CHANNELS_OF_LARGE_IMAGES if is_large else _CHANNELS_FOR_WINOGRAD
+  are_many = _num_pixels(x) >= _PIXELS_FOR_PRODUCTS
+  channels = _CHANNELS_OF_MANY_PIXELS if are_many else _CHANNELS_FOR_WINOGRAD
   return (
     x.dtype == jnp.float32  # Of bfloat16 it would lose digits.
     and kernel[:2] == (3, 3)
@@ -188,42 +186,70 @@ def _each_group(
   return jax.lax.fori_loop(0, groups, step, jax.tree.map(empty, shapes))
 
 
-def _each_image(run):
-  """The same function of images and a kernel, image by image."""
-  return lambda x, w: jax.lax.map(lambda one: run(one[None], w)[0], x)
+def _num_pixels(x: jax.Array) -> int:
+  """Of [N, H, W, C]; of one image, where N is any number, as in an export."""
+  num, height, width = x.shape[:3]
+  return height * width * (num if isinstance(num, int) else 1)
 
 
-def _each_image_gradients(gradients):
-  """The same function of images, a kernel and dy, image by image."""
+def _parts(x: jax.Array, like: jax.Array) -> jax.Array:
+  """[N, ...] -> [parts, images of a part, ...]; `like` is [N, H, W, C]."""
+  num, height, width = like.shape[:3]
+  most = max(1, _PIXELS_OF_A_PART // (height * width))
+  if isinstance(num, int):
+    size = max(n for n in range(1, most + 1) if num % n == 0)
+  else:  # Any number.
+    size = num if most > 1 else 1
+  return x.reshape(num // size, size, *x.shape[1:])
 
-  def step(w, dw, one):
-    dx, of_one = gradients(one[0][None], w, one[1][None])
-    return dw + of_one, dx[0]
 
-  def each(x, w, dy):
-    zeros = jnp.zeros(w.shape, jnp.float32)
-    dw, dx = jax.lax.scan(functools.partial(step, w), zeros, (x, dy))
-    return dx, dw
+def _in_parts(run):
+  """The same function of images and a kernel, some images at a time."""
 
-  return each
+  def in_parts(x, w):
+    parts = _parts(x, x)
+    if parts.shape[0] == 1:
+      return run(x, w)
+    out = jax.lax.map(lambda part: run(part, w), parts)
+    return out.reshape(x.shape[0], *out.shape[2:])
+
+  return in_parts
+
+
+def _gradients_in_parts(gradients):
+  """The same function of images, a kernel and dy, some images at a time."""
+
+  def in_parts(x, w, dy):
+    parts = _parts(x, dy), _parts(dy, dy)
+    if parts[0].shape[0] == 1:
+      return gradients(x, w, dy)
+
+    def step(dw, part):
+      dx, of_part = gradients(part[0], w, part[1])
+      return dw + of_part, dx
+
+    dw, dx = jax.lax.scan(step, jnp.zeros(w.shape, jnp.float32), parts)
+    return dx.reshape(x.shape), dw
+
+  return in_parts
 
 
 def _gradients(x, w, dy, *, stride, pads):
   """Of a dense convolution's operands, for that of its output."""
   options = {"stride": stride, "pads": pads}
-  dx = _input_gradient(dy, w, shape=x.shape, **options)
-  by_taps = functools.partial(_kernel_gradient, size=w.shape[:2], **options)
-  pixels = dy.shape[1] * dy.shape[2]
-  if pixels < _PIXELS_FOR_PRODUCTS or x.shape[-1] < _CHANNELS_FOR_PRODUCTS:
-    dw = _kernel_gradient_as_convolution(x, dy, size=w.shape[:2], **options)
-  elif pixels < _PIXELS_FOR_IMAGES:
-    dw = by_taps(x, dy)
-  else:
-    dw = jax.lax.scan(
-      lambda dw, one: (dw + by_taps(one[0][None], one[1][None]), None),
-      jnp.zeros(w.shape, jnp.float32),
-      (x, dy),
-    )[0]
+  are_many = _num_pixels(dy) >= _PIXELS_FOR_PRODUCTS
+  are_products = are_many and x.shape[-1] >= _CHANNELS_FOR_PRODUCTS
+  of_kernel = (
+    _kernel_gradient if are_products else _kernel_gradient_as_convolution
+  )
+
+  def gradients(x, w, dy):
+    dx = _input_gradient(dy, w, shape=x.shape, **options)
+    return dx, of_kernel(x, dy, size=w.shape[:2], **options)
+
+  if are_products:
+    gradients = _gradients_in_parts(gradients)
+  dx, dw = gradients(x, w, dy)
   return dx, dw.astype(w.dtype)
 
 
