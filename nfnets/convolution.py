@@ -192,26 +192,38 @@ def _num_pixels(x: jax.Array) -> int:
   return height * width * (num if isinstance(num, int) else 1)
 
 
-def _parts(x: jax.Array, like: jax.Array) -> jax.Array:
-  """[N, ...] -> [parts, images of a part, ...]; `like` is [N, H, W, C]."""
-  num, height, width = like.shape[:3]
+def _images_of_a_part(x: jax.Array) -> int:
+  """How many of [N, H, W, C] are computed at once: a divisor of N."""
+  num, height, width = x.shape[:3]
   most = max(1, _PIXELS_OF_A_PART // (height * width))
-  if isinstance(num, int):
-    size = max(n for n in range(1, most + 1) if num % n == 0)
-  else:  # Any number.
-    size = num if most > 1 else 1
-  return x.reshape(num // size, size, *x.shape[1:])
+  if not isinstance(num, int):  # Any number.
+    return num if most > 1 else 1
+  return max(n for n in range(1, most + 1) if num % n == 0)
+
+
+def _parts(x: jax.Array, size: int) -> jax.Array:
+  """[N, ...] -> [N / size, size, ...].
+
+  Parts of one image have no axis for it: XLA would lay it out elsewhere, and
+  copy.
+  """
+  return x if size == 1 else x.reshape(-1, size, *x.shape[1:])
 
 
 def _in_parts(run):
   """The same function of images and a kernel, some images at a time."""
 
   def in_parts(x, w):
-    parts = _parts(x, x)
-    if parts.shape[0] == 1:
+    size = _images_of_a_part(x)
+    if size == x.shape[0]:
       return run(x, w)
-    out = jax.lax.map(lambda part: run(part, w), parts)
-    return out.reshape(x.shape[0], *out.shape[2:])
+
+    def step(part):
+      out = run(part.reshape(size, *x.shape[1:]), w)
+      return out[0] if size == 1 else out
+
+    out = jax.lax.map(step, _parts(x, size))
+    return out.reshape(x.shape[0], *out.shape[-3:])
 
   return in_parts
 
@@ -220,15 +232,17 @@ def _gradients_in_parts(gradients):
   """The same function of images, a kernel and dy, some images at a time."""
 
   def in_parts(x, w, dy):
-    parts = _parts(x, dy), _parts(dy, dy)
-    if parts[0].shape[0] == 1:
+    size = _images_of_a_part(dy)
+    if size == x.shape[0]:
       return gradients(x, w, dy)
 
-    def step(dw, part):
-      dx, of_part = gradients(part[0], w, part[1])
-      return dw + of_part, dx
+    def step(dw, parts):
+      part, of_part = (p.reshape(size, *p.shape[-3:]) for p in parts)
+      dx, dw_of_part = gradients(part, w, of_part)
+      return dw + dw_of_part, dx[0] if size == 1 else dx
 
-    dw, dx = jax.lax.scan(step, jnp.zeros(w.shape, jnp.float32), parts)
+    zeros = jnp.zeros(w.shape, jnp.float32)
+    dw, dx = jax.lax.scan(step, zeros, (_parts(x, size), _parts(dy, size)))
     return dx.reshape(x.shape), dw
 
   return in_parts
