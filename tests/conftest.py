@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import json  # noqa: E402
 import pathlib  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -28,6 +29,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Commands inherit it: a shell's background jobs do not listen to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
@@ -40,6 +44,20 @@ SMALL = {
   "bottleneck_ratio": (0.5, 0.5),
   "stem_width": (4, 8),
 }
+
+
+# Files that take minutes, the longest first.
+_LONG = ("stories", "notebooks", "fine_tuning", "steps", "models", "tfds")
+
+
+def pytest_collection_modifyitems(items):
+  """Long files first, so that all processes end at about the same time."""
+
+  def place(item):
+    name = item.path.stem.removeprefix("test_")
+    return _LONG.index(name) if name in _LONG else len(_LONG)
+
+  items.sort(key=place)
 
 
 def pytest_addoption(parser):

@@ -62,6 +62,8 @@ def executed(environment, tmp_path_factory, request):
     manager = AsyncKernelManager()
     manager.kernel_spec.argv[0] = sys.executable
     variables = environment | {
+      # They train for longer than other tests, which level 0 makes slow.
+      "XLA_FLAGS": "--xla_backend_optimization_level=1",
       "NFNETS_CACHE": str(folder / "cache"),
       "TMPDIR": str(folder),  # Where they work.
       "IPYTHONDIR": str(folder / "ipython"),
