@@ -33,6 +33,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Commands inherit it: a shell's background jobs do not listen to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of commands that train for hundreds of steps, which level 0 makes slow.
+LONG_RUN = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
+
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 # A network that compiles in seconds and still has every kind of layer: groups,

@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, kill_when, read_rows
+from conftest import LONG_RUN, SMALL, kill_when, read_rows
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -48,7 +48,7 @@ def _write_digits(folder, digits, numbers, suffix="png", mode="RGB"):
 
 
 def _train(nfnets, *options, **kwargs):
-  result = nfnets("train", *options, **kwargs)
+  result = nfnets("train", *options, **LONG_RUN, **kwargs)
   assert result.returncode == 0, result.stderr
   return result.stdout
 
@@ -135,7 +135,7 @@ def test_two_rounds(start, nfnets, environment, tmp_path):
   assert kill_when(
     lambda: (checkpoints / "25").is_dir(),
     [sys.executable, "-m", "nfnets.main", "train", *command],
-    environment,
+    environment | LONG_RUN,
   )
   assert not (killed / "round_002" / "weights.safetensors").exists()
   resumed = _train(nfnets, *command)
