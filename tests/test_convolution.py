@@ -32,13 +32,14 @@ def _normal(seed, *shape):
   expansion=strategies.sampled_from((1, 2)),
   form=strategies.sampled_from(sorted(convolution.FORMS)),
 )
-@hypothesis.example(2, 34, 34, 1, "same", 3, 2, 16, 2, "products")
+@hypothesis.example(2, 34, 33, 1, "same", 3, 2, 3, 2, "products")
 @hypothesis.example(4, 24, 23, 1, "same", 3, 1, 6, 2, "products")
 @hypothesis.example(2, 8, 9, 2, "symmetric", 3, 3, 2, 1, "products")
 @hypothesis.example(2, 9, 8, 1, "symmetric", 3, 2, 64, 1, "products")
+@hypothesis.example(2, 33, 34, 1, "same", 3, 2, 16, 2, "products")
 @hypothesis.example(6, 26, 26, 1, "same", 3, 2, 16, 2, "products")
 @hypothesis.example(6, 34, 33, 2, "symmetric", 5, 2, 16, 2, "products")
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 def test_forms_are_equal(
   num,
   height,

@@ -62,17 +62,14 @@ def executed(environment, tmp_path_factory, request):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     manager = AsyncKernelManager()
     manager.kernel_spec.argv[0] = sys.executable
-    variables = (
-      environment
-      | LONG_RUN
-      | {
-        "NFNETS_CACHE": str(folder / "cache"),
-        "TMPDIR": str(folder),  # Where they work.
-        "IPYTHONDIR": str(folder / "ipython"),
-        "PYTHONPATH": str(FOLDER.parent.parent),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-      }
-    )
+    variables = environment | LONG_RUN
+    variables |= {
+      "NFNETS_CACHE": str(folder / "cache"),
+      "TMPDIR": str(folder),  # Where they work.
+      "IPYTHONDIR": str(folder / "ipython"),
+      "PYTHONPATH": str(FOLDER.parent.parent),
+      "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     client = nbclient.NotebookClient(
       notebook,
       km=manager,
