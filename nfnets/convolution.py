@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nfnets import winograd
+from nfnets import rowwise, winograd
 from nfnets.errors import unknown
 
 # Of `products`: from so many pixels of all images and channels of the input on
@@ -85,7 +85,8 @@ def split(x, w, *, stride, groups, padding):
 
 def products(x, w, *, stride, groups, padding):
   """1x1 as a product, others group by group, with fast ways to gradients."""
-  if w.shape[:2] == (1, 1) and groups == 1:
+  is_product = w.shape[:2] == (1, 1) and groups == 1
+  if is_product and x.dtype != jnp.bfloat16:
     x = x[:, ::stride, ::stride]
     return (_as_matrix(x) @ w[0, 0]).reshape(*x.shape[:3], w.shape[-1])
   return _by_group(x, w, stride=stride, groups=groups, padding=padding)
@@ -119,7 +120,11 @@ def _by_group(x, w, *, stride, groups, padding):
   pads = _pads(x.shape, kernel, stride, padding)
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
   prepare = lambda w: w
-  if _is_for_winograd(x, kernel, stride):
+  if x.dtype == jnp.bfloat16:
+    options = {"stride": stride, "pads": pads}
+    run = functools.partial(rowwise.convolve, **options)
+    gradients = functools.partial(rowwise.gradients, **options)
+  elif _is_for_winograd(x, kernel, stride):
     height = x.shape[1]
     if height >= _HEIGHT_FOR_WINOGRAD:
       run, prepare = _in_parts(winograd.convolve), winograd.kernel_positions
@@ -129,13 +134,16 @@ def _by_group(x, w, *, stride, groups, padding):
   @jax.custom_vjp
   def convolve(x, w):
     is_in_place = stride == 1 and x.shape[-1] == w.shape[-1]
-    return _each_group(groups, run, x, prepare(w), is_in_place=is_in_place)
+    is_in_place &= x.dtype != jnp.bfloat16
+    out = _each_group(groups, run, x, prepare(w), is_in_place=is_in_place)
+    return out.astype(x.dtype)
 
   def forward(x, w):
     return convolve(x, w), (x, w)
 
   def backward(residuals, dy):
-    return _each_group(groups, gradients, *residuals, dy)
+    dx, dw = _each_group(groups, gradients, *residuals, dy)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
   convolve.defvjp(forward, backward)
   return convolve(x, w)

@@ -38,7 +38,8 @@ def gelu(x: jax.Array) -> jax.Array:
   written by hand, and computed in float32: a gradient keeps x alone, where that
   which JAX derives keeps the hyperbolic tangent too, as large as x.
   """
-  return jax.nn.gelu(x)
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return jax.nn.gelu(y).astype(x.dtype)
 
 
 @gelu.defjvp
@@ -262,8 +263,7 @@ class WSConv2D(hk.Module):
       padding=self.padding,
       form=self.form,
     )
-    bias = _along_channels(bias.astype(x.dtype))
-    return out + bias
+    return (out + _along_channels(bias)).astype(x.dtype)
 
 
 def _along_channels(vector: jax.Array) -> jax.Array:  # [C] -> [1, 1, 1, C]
@@ -334,6 +334,12 @@ def stochastic_depth(
 
 def average_pool(x: jax.Array) -> jax.Array:
   """2x2 mean with stride 2; at odd edges the mean of what is there (SAME)."""
+  is_even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+  if is_even and jax.default_backend() == "cpu":
+    # XLA's own is a loop by itself there, and its gradient a slow one.
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    rows = y[:, ::2] + y[:, 1::2]
+    return ((rows[:, :, ::2] + rows[:, :, 1::2]) / 4).astype(x.dtype)
   return hk.avg_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
 
 

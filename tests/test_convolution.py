@@ -74,21 +74,53 @@ def test_forms_are_equal(
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
 
 
-@pytest.mark.parametrize("form", sorted(convolution.FORMS))
-@pytest.mark.parametrize("size", [8, 20, 32])
-def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
-  x = _normal(0, 2, size, size, 8).astype(jnp.bfloat16)
-  w = (0.1 * _normal(1, 3, 3, 4, 8)).astype(jnp.bfloat16)
-  seen = _normal(2, 2, size, size, 8).astype(jnp.bfloat16)
+@hypothesis.given(
+  num=strategies.sampled_from((1, 2, 3)),
+  height=strategies.integers(5, 20),
+  width=strategies.integers(5, 20),
+  stride=strategies.sampled_from((1, 2, 3)),
+  padding=strategies.sampled_from(("same", "symmetric")),
+  kernel=strategies.sampled_from((1, 3, 5)),
+  groups=strategies.sampled_from((1, 2)),
+  channels=strategies.sampled_from((1, 3, 8)),
+  outputs=strategies.sampled_from((1, 4, 8)),
+  form=strategies.sampled_from(sorted(convolution.FORMS)),
+)
+@hypothesis.example(2, 20, 20, 1, "same", 3, 2, 4, 4, "xla")
+@hypothesis.example(2, 20, 20, 1, "same", 3, 2, 4, 4, "split")
+@hypothesis.example(2, 32, 31, 1, "same", 3, 2, 4, 4, "products")
+@hypothesis.example(2, 32, 32, 2, "same", 3, 2, 4, 4, "products")
+@hypothesis.example(2, 17, 18, 2, "symmetric", 3, 1, 3, 8, "products")
+@hypothesis.example(1, 16, 15, 2, "same", 5, 2, 4, 8, "products")
+@hypothesis.example(3, 7, 6, 1, "same", 1, 1, 8, 4, "products")
+@hypothesis.example(1, 9, 8, 2, "same", 1, 2, 8, 4, "products")
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+def test_forms_in_bfloat16_are_equal_to_its_rounding(
+  num,
+  height,
+  width,
+  stride,
+  padding,
+  kernel,
+  groups,
+  channels,
+  outputs,
+  form,
+):
+  options = {"stride": stride, "groups": groups, "padding": padding}
+  x = _normal(0, num, height, width, groups * channels)
+  w = 0.1 * _normal(1, kernel, kernel, channels, groups * outputs)
+  shape = (num, -(-height // stride), -(-width // stride), groups * outputs)
+  inputs = [v.astype(jnp.bfloat16) for v in (x, w, _normal(2, *shape))]
 
   def value_and_gradients(x, w, seen, form):
-    convolve = lambda x, w: convolution.conv2d(x, w, groups=2, form=form)
+    convolve = lambda x, w: convolution.conv2d(x, w, form=form, **options)
     out, back = jax.vjp(convolve, x, w)
     return out, *back(seen)
 
   run = jax.jit(value_and_gradients, static_argnums=3)
-  ours = run(x, w, seen, form)
-  exact = run(*(v.astype(jnp.float32) for v in (x, w, seen)), "xla")
+  ours = run(*inputs, form)
+  exact = run(*(v.astype(jnp.float32) for v in inputs), "xla")
   for a, b in zip(ours, exact, strict=True):
     assert a.dtype == jnp.bfloat16
     # A result has 8 bits; sums are of float32, or rounded now and then.
@@ -109,7 +141,6 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
     ({"channels": 64, "size": 20}, False, False),
     ({"channels": 64, "size": 20, "num": 4}, True, True),
     ({"channels": 16, "size": 20, "num": 4}, False, False),
-    ({"dtype": jnp.bfloat16}, False, False),
     ({"form": "split"}, False, False),
   ],
 )
@@ -160,6 +191,34 @@ def test_loops_keep_to_the_layout_that_is_fast_on_cpu(channels, size, stride):
   layouts = set(re.findall(r"dim_labels=([\w>-]+)", program))
   assert layouts <= {"b01f_01io->b01f"}
   assert layouts or (stride == 1 and channels == 128)  # Products alone.
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="`products` are for the CPU"
+)
+@pytest.mark.parametrize("stride, groups", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_bfloat16_is_multiplied_as_such_on_cpu(kernel, stride, groups):
+  x = _normal(0, 2, 16, 16, 32).astype(jnp.bfloat16)
+  w = _normal(1, kernel, kernel, 32 // groups, 32).astype(jnp.bfloat16)
+
+  def value_and_gradients(x, w):
+    convolve = lambda x, w: convolution.conv2d(
+      x, w, stride=stride, groups=groups, form="products"
+    )
+    out, back = jax.vjp(convolve, jnp.tanh(x), jnp.tanh(w))
+    return out, *back(jnp.tanh(out))
+
+  program = jax.jit(value_and_gradients).lower(x, w).compile().as_text()
+  assert " convolution(" not in program
+  num = 0
+  for computation in program.split("\n\n"):
+    for operands in re.findall(r" dot\((\S+), (\S+)\)", computation):
+      num += 1
+      for name in operands:
+        # XLA makes others float32 first, which are multiplied more slowly.
+        assert f"{name} = bf16[" in computation
+  assert num >= 3 * kernel - (stride > 1)
 
 
 def test_a_portable_program_has_the_form_of_each_platform():

@@ -107,7 +107,7 @@ class NFBlock(hk.Module):
     # SkipInit: every block starts as its shortcut.
     skip_gain = hk.get_parameter("skip_gain", (), jnp.float32, jnp.zeros)
     scale *= self.alpha * skip_gain
-    return shortcut + out * scale.astype(out.dtype), residual_variance
+    return shortcut + (out * scale).astype(x.dtype), residual_variance
 
   def _gate(self, x: jax.Array) -> jax.Array:
     return self.attention(x) * 2  # 2: the gate starts near 1/2.

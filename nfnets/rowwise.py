@@ -1,0 +1,120 @@
+"""Convolution in bfloat16 as one product for each row of the kernel.
+
+What a row of the kernel sees lies side by side in memory: neighbours along the
+width, so that a 3x3 kernel is three products. Processors multiply bfloat16 up
+to several times as fast as float32, but XLA on CPU has them do so in products
+alone, of operands that lie as they are multiplied, into float32; all else it
+computes in float32. So sums are float32, rounded once by who takes them.
+
+Shapes: N batch, H height, W width, C channels; activations are [N, H, W, C],
+kernels [height, width, C_in, C_out]; `pads` are the rows and columns of zeros
+before and after.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Pads = list[tuple[int, int]]
+
+
+def convolve(
+  x: jax.Array, w: jax.Array, *, stride: int, pads: Pads
+) -> jax.Array:
+  """[N, H, W, C_in], kernel -> [N, H', W', C_out] float32."""
+  seen = _seen(x, w.shape[:2], stride, pads)
+  out = sum(
+    _product(rows.reshape(-1, rows.shape[-1]), row.reshape(-1, row.shape[-1]))
+    for rows, row in zip(seen, w, strict=True)
+  )
+  return out.reshape(*seen[0].shape[:3], -1)
+
+
+def gradients(
+  x: jax.Array, w: jax.Array, dy: jax.Array, *, stride: int, pads: Pads
+) -> tuple[jax.Array, jax.Array]:
+  """Of both operands, for that of the output; float32."""
+  of_input = _input_gradient if stride == 1 else _input_gradient_of_strides
+  dx = of_input(dy, w, shape=x.shape, stride=stride, pads=pads)
+  return dx, _kernel_gradient(x, dy, w, stride=stride, pads=pads)
+
+
+def _input_gradient(dy, w, *, shape, stride, pads):
+  """[N, H', W', C_out], kernel -> [N, H, W, C_in] of that shape."""
+  pads = [
+    (kernel - 1 - low, length + low - out)
+    for (low, _), kernel, length, out in zip(
+      pads, w.shape[:2], shape[1:3], dy.shape[1:3], strict=True
+    )
+  ]
+  w = w[::-1, ::-1].transpose(0, 1, 3, 2)
+  return convolve(dy, w, stride=stride, pads=pads)
+
+
+def _input_gradient_of_strides(dy, w, *, shape, stride, pads):
+  """The same for strides above one.
+
+  A convolution of stride one that gives all `stride` x `stride` pixels which an
+  output begins with at once. Row i of the kernel is what output r multiplies
+  row u = stride r + i - low of the input with. Of zeros before the kernel there
+  are so many that stride divides low + zeros; then, with u = stride q + phase,
+  row `stride h + phase` of the kernel belongs to output
+  q + (low + zeros) / stride - h.
+  """
+  sizes, zeros, padding = [], [], []
+  for (low, _), kernel, length, out in zip(
+    pads, w.shape[:2], shape[1:3], dy.shape[1:3], strict=True
+  ):
+    before = -low % stride
+    shift, size = (low + before) // stride, -(-(kernel + before) // stride)
+    sizes.append(size)
+    zeros.append((before, size * stride - kernel - before))
+    padding.append((size - 1 - shift, -(-length // stride) + shift - out))
+  w = jnp.pad(w, (*zeros, (0, 0), (0, 0)))
+  w = w.reshape(sizes[0], stride, sizes[1], stride, *w.shape[2:])
+  w = w[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4)
+  w = w.reshape(*sizes, dy.shape[-1], -1)
+  dx = convolve(dy, w, stride=1, pads=padding)
+  num, height, width, _ = dx.shape
+  dx = dx.reshape(num, height, width, stride, stride, -1)
+  dx = dx.transpose(0, 1, 3, 2, 4, 5)
+  dx = dx.reshape(num, height * stride, width * stride, -1)
+  return dx[:, : shape[1], : shape[2]]
+
+
+def _kernel_gradient(x, dy, w, *, stride, pads):
+  """[N, H, W, C_in], [N, H', W', C_out] -> the kernel's shape."""
+  seen = _seen(x, w.shape[:2], stride, pads)
+  if w.shape[:2] == (1, 1):
+    product = _product(_transposed(seen[0]), dy.reshape(-1, dy.shape[-1]))
+    return product.reshape(w.shape)
+  dy = _transposed(dy)
+  products = [_product(dy, row.reshape(-1, row.shape[-1])) for row in seen]
+  height, width, inputs, outputs = w.shape
+  dw = jnp.stack(products).reshape(height, outputs, width, inputs)
+  return dw.transpose(0, 2, 3, 1)
+
+
+def _seen(x, size, stride, pads):
+  """What each row of the kernel sees, each [N, H', W', width C_in]."""
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  ends = [
+    length - kernel + 1
+    for length, kernel in zip(x.shape[1:3], size, strict=True)
+  ]
+  # Not concatenated, which of bfloat16 takes twice as long.
+  x = jnp.stack([x[:, :, j : j + ends[1] : stride] for j in range(size[1])], 3)
+  x = x.reshape(*x.shape[:3], -1)
+  return [x[:, i : i + ends[0] : stride] for i in range(size[0])]
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+  """[N, H, W, C] -> [C, N H W], in memory.
+
+  XLA would have a product read a transposed matrix as it lies, and compute that
+  in float32. Reshaped it is none.
+  """
+  return x.transpose(3, 0, 1, 2).reshape(x.shape[-1], -1)
