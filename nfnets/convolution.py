@@ -47,7 +47,8 @@ def conv2d(
 
   Args:
     x: [N, H, W, C_in].
-    w: [height, width, C_in / groups, C_out], dtype of x.
+    w: [height, width, C_in / groups, C_out], dtype of x or float32; of float32
+      its gradient is not rounded.
     padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
     form: Of FORMS; None: the one that is fast on JAX's default backend.
 
@@ -68,7 +69,7 @@ def xla(x, w, *, stride, groups, padding):
   """As XLA has it: one operation, grouped if need be."""
   return jax.lax.conv_general_dilated(
     x,
-    w,
+    w.astype(x.dtype),
     window_strides=(stride, stride),
     padding=_pads(x.shape, w.shape, stride, padding),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -120,8 +121,10 @@ def _by_group(x, w, *, stride, groups, padding):
   pads = _pads(x.shape, kernel, stride, padding)
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
   prepare = lambda w: w
+  is_in_place = stride == 1 and x.shape[-1] == w.shape[-1]
   if x.dtype == jnp.bfloat16:
     options = {"stride": stride, "pads": pads}
+    is_in_place = False  # Results are float32.
     run = functools.partial(rowwise.convolve, **options)
     gradients = functools.partial(rowwise.gradients, **options)
   elif _is_for_winograd(x, kernel, stride):
@@ -133,17 +136,16 @@ def _by_group(x, w, *, stride, groups, padding):
 
   @jax.custom_vjp
   def convolve(x, w):
-    is_in_place = stride == 1 and x.shape[-1] == w.shape[-1]
-    is_in_place &= x.dtype != jnp.bfloat16
-    out = _each_group(groups, run, x, prepare(w), is_in_place=is_in_place)
+    w = prepare(w.astype(x.dtype))
+    out = _each_group(groups, run, x, w, is_in_place=is_in_place)
     return out.astype(x.dtype)
 
   def forward(x, w):
-    return convolve(x, w), (x, w)
+    return convolve(x, w), (x, w.astype(x.dtype))
 
   def backward(residuals, dy):
     dx, dw = _each_group(groups, gradients, *residuals, dy)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dx.astype(dy.dtype), dw.astype(w.dtype)
 
   convolve.defvjp(forward, backward)
   return convolve(x, w)

@@ -257,7 +257,7 @@ class WSConv2D(hk.Module):
     bias = hk.get_parameter("bias", (channels,), jnp.float32, jnp.zeros)
     out = convolution.conv2d(
       x,
-      w.astype(x.dtype),
+      w,
       stride=self.stride,
       groups=self.groups,
       padding=self.padding,
