@@ -25,6 +25,7 @@ FLOORS = (
     "mixing",
     "pickles",
     "randaugment",
+    "rowwise",
     "sam",
     "winograd",
   ),
@@ -58,7 +59,7 @@ FLOORS = (
 NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
-  "convolution": {"winograd"},
+  "convolution": {"rowwise", "winograd"},
   "layers": {"convolution", "initial"},
   "model_card": {"card"},
   "onnx_graph": {"card"},

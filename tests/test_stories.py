@@ -377,16 +377,21 @@ def test_evaluation_on_other_classes_is_refused(finished, nfnets, tmp_path):
 def test_prediction_from_a_run_and_from_its_weights_agree(
   finished, digit_files, nfnets
 ):
-  sources = (
-    f"--workdir={finished}",
-    f"--weights={finished}/weights.safetensors",
-  )
+  weights = f"--weights={finished}/weights.safetensors"
   outputs = []
-  for source in sources:
-    result = nfnets("predict", source, "--json", digit_files)
+  for arguments in (
+    [f"--workdir={finished}"],
+    [weights],
+    [weights, "--precision=bfloat16"],
+  ):
+    result = nfnets("predict", *arguments, "--json", digit_files)
     assert result.returncode == 0, result.stderr
     outputs.append([json.loads(line) for line in result.stdout.splitlines()])
+  *outputs, rough = outputs
   assert outputs[0] == outputs[1]
+  likeliest = lambda output: [x["classes"][0]["name"] for x in output]
+  assert likeliest(rough) == likeliest(outputs[0])
+  assert rough != outputs[0]
   assert [os.path.basename(x["path"]) for x in outputs[0]] == [
     f"{digit}.png" for digit in range(10)
   ]
