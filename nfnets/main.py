@@ -155,7 +155,7 @@ def _make_parser() -> argparse.ArgumentParser:
     "--precision",
     choices=("float32", "bfloat16"),
     default="float32",
-    help="of activations; bfloat16 is faster on accelerators and on processors "
+    help="of activations; bfloat16 is for accelerators, and for processors "
     "that multiply it (default: float32)",
   )
   form = command.add_mutually_exclusive_group()

@@ -45,8 +45,8 @@ class Classifier:
 
   Args:
     source: What `pretrained.load` takes: a published name, a file, a workdir.
-    precision: Of activations: `float32`, or `bfloat16`, which is faster on
-      accelerators and on processors that multiply it.
+    precision: Of activations: `float32`, or `bfloat16`, for accelerators and
+      processors that multiply it.
 
   Attributes:
     card: What the weights are.

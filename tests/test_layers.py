@@ -143,6 +143,28 @@ def test_derivatives_of_gelu_next_to_double_precision(dtype, error):
   np.testing.assert_allclose(curvature.astype(float), exact, atol=5 * error)
 
 
+def test_gelu_in_bfloat16_is_rounded_once():
+  x = jnp.linspace(-9, 9, 20_001, dtype=jnp.bfloat16)
+  exact = layers.gelu(x.astype(jnp.float32)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(layers.gelu(x), exact)
+
+
+@pytest.mark.parametrize(
+  # Of bfloat16 the last bit: 2^-8 of numbers below 2, each way.
+  ("dtype", "error"),
+  [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-6)],
+)
+@pytest.mark.parametrize("shape", [(2, 8, 6, 5), (2, 7, 8, 3)])
+def test_average_pooling_is_haikus(shape, dtype, error):
+  x = _normal(*shape).astype(dtype)
+  haikus = lambda x: hk.avg_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+  out, back = jax.vjp(haikus, x.astype(jnp.float32))
+  ours, our_back = jax.vjp(layers.average_pool, x)
+  np.testing.assert_allclose(ours.astype(out.dtype), out, atol=error)
+  (dx,), (our_dx,) = back(jnp.cos(out)), our_back(jnp.cos(ours))
+  np.testing.assert_allclose(our_dx.astype(dx.dtype), dx, atol=error)
+
+
 def _apply(function, *args):
   network = hk.transform(function)
   params = network.init(jax.random.key(0), *args)

@@ -2,7 +2,7 @@
 
 To execute them again and keep the outputs:
 
-    scripts/test.sh tests/test_notebooks.py --keep_notebooks
+    scripts/test.sh -m "" tests/test_notebooks.py --keep_notebooks
 """
 
 import os
@@ -87,7 +87,15 @@ def executed(environment, tmp_path_factory, request):
   return execute
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    "agc_by_hand",
+    "classify_an_image",
+    pytest.param("fine_tune_on_a_folder", marks=pytest.mark.slow),
+    pytest.param("look_inside", marks=pytest.mark.slow),
+  ],
+)
 def test_notebooks_run_from_a_clean_kernel(executed, name):
   assert _num_figures(executed(name)) == NUM_FIGURES[name]
 
@@ -97,6 +105,7 @@ def test_the_classified_scans_are_right(executed):
   assert float(found[1]) > 90
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_what_arrived(executed):
   text = _text(executed("fine_tune_on_a_folder"))
   known, new = (

@@ -250,6 +250,7 @@ def test_other_settings_may_change_and_are_told(copy, nfnets):
   assert read_rows(copy)[-1]["step"] == 49
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_blocks_as_a_loop(nfnets, environment, tmp_path):
   """And back: what is saved does not depend on it."""
   options = [option for option in TINY_RUN if "model.depth" not in option]

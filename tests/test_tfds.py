@@ -160,6 +160,7 @@ def test_the_imagenet_recipe_trains_resumes_and_evaluates(
   assert json.loads(result.stdout)["ema"]["num_examples"] == 10
 
 
+@pytest.mark.slow
 def test_weights_are_fine_tuned_on_a_set(data_dir, nfnets, tmp_path):
   """Of two other classes; network and preprocessing are the weights' own."""
   model = models.make("nfnet_tiny", num_classes=2, **SMALL)
