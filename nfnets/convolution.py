@@ -121,10 +121,10 @@ def _by_group(x, w, *, stride, groups, padding):
   pads = _pads(x.shape, kernel, stride, padding)
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
   prepare = lambda w: w
-  is_in_place = stride == 1 and x.shape[-1] == w.shape[-1]
-  if x.dtype == jnp.bfloat16:
+  is_bfloat16 = x.dtype == jnp.bfloat16  # Whose results are float32.
+  is_in_place = stride == 1 and x.shape[-1] == w.shape[-1] and not is_bfloat16
+  if is_bfloat16:
     options = {"stride": stride, "pads": pads}
-    is_in_place = False  # Results are float32.
     run = functools.partial(rowwise.convolve, **options)
     gradients = functools.partial(rowwise.gradients, **options)
   elif _is_for_winograd(x, kernel, stride):
@@ -141,7 +141,8 @@ def _by_group(x, w, *, stride, groups, padding):
     return out.astype(x.dtype)
 
   def forward(x, w):
-    return convolve(x, w), (x, w.astype(x.dtype))
+    narrow = w.astype(x.dtype)
+    return convolve(x, narrow), (x, narrow)
 
   def backward(residuals, dy):
     dx, dw = _each_group(groups, gradients, *residuals, dy)
@@ -156,7 +157,7 @@ def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
   are_many = _num_pixels(x) >= _PIXELS_FOR_PRODUCTS
   channels = _CHANNELS_OF_MANY_PIXELS if are_many else _CHANNELS_FOR_WINOGRAD
   return (
-    x.dtype == jnp.float32  # Of bfloat16 it would lose digits.
+    x.dtype == jnp.float32  # Of fewer bits it would lose digits.
     and kernel[:2] == (3, 3)
     and stride == 1
     and min(kernel[2:]) >= channels
@@ -273,8 +274,7 @@ def _gradients(x, w, dy, *, stride, pads):
 
   if are_products:
     gradients = _gradients_in_parts(gradients)
-  dx, dw = gradients(x, w, dy)
-  return dx, dw.astype(w.dtype)
+  return gradients(x, w, dy)
 
 
 # The gradients below are those that JAX derives, with operands transposed

@@ -38,18 +38,21 @@ def gelu(x: jax.Array) -> jax.Array:
   written by hand, and computed in float32: a gradient keeps x alone, where that
   which JAX derives keeps the hyperbolic tangent too, as large as x.
   """
-  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return jax.nn.gelu(y).astype(x.dtype)
+  return jax.nn.gelu(_at_least_float32(x)).astype(x.dtype)
 
 
 @gelu.defjvp
 def _gelu_derivative(primals, tangents):
   (x,), (tangent,) = primals, tangents
   factor, cubic = math.sqrt(8 / math.pi), 0.044715
-  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  y = _at_least_float32(x)
   s = jax.nn.sigmoid(factor * (y + cubic * y**3))
   slope = s + y * factor * (1 + 3 * cubic * y**2) * s * (1 - s)
   return gelu(x), tangent * slope.astype(x.dtype)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 # Gain of each nonlinearity: the factor that restores unit variance to the
@@ -337,7 +340,7 @@ def average_pool(x: jax.Array) -> jax.Array:
   is_even = x.shape[1] % 2 == x.shape[2] % 2 == 0
   if is_even and jax.default_backend() == "cpu":
     # XLA's own is a loop by itself there, and its gradient a slow one.
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = _at_least_float32(x)
     rows = y[:, ::2] + y[:, 1::2]
     return ((rows[:, :, ::2] + rows[:, :, 1::2]) / 4).astype(x.dtype)
   return hk.avg_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")

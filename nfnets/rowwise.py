@@ -22,10 +22,7 @@ def convolve(
 ) -> jax.Array:
   """[N, H, W, C_in], kernel -> [N, H', W', C_out] float32."""
   seen = _seen(x, w.shape[:2], stride, pads)
-  out = sum(
-    _product(rows.reshape(-1, rows.shape[-1]), row.reshape(-1, row.shape[-1]))
-    for rows, row in zip(seen, w, strict=True)
-  )
+  out = sum(_product(rows, row) for rows, row in zip(seen, w, strict=True))
   return out.reshape(*seen[0].shape[:3], -1)
 
 
@@ -33,13 +30,17 @@ def gradients(
   x: jax.Array, w: jax.Array, dy: jax.Array, *, stride: int, pads: Pads
 ) -> tuple[jax.Array, jax.Array]:
   """Of both operands, for that of the output; float32."""
-  of_input = _input_gradient if stride == 1 else _input_gradient_of_strides
-  dx = of_input(dy, w, shape=x.shape, stride=stride, pads=pads)
-  return dx, _kernel_gradient(x, dy, w, stride=stride, pads=pads)
+  if stride == 1:
+    dx = _input_gradient(dy, w, shape=x.shape, pads=pads)
+  else:
+    dx = _input_gradient_of_strides(
+      dy, w, shape=x.shape, stride=stride, pads=pads
+    )
+  return dx, _kernel_gradient(x, dy, w.shape, stride=stride, pads=pads)
 
 
-def _input_gradient(dy, w, *, shape, stride, pads):
-  """[N, H', W', C_out], kernel -> [N, H, W, C_in] of that shape."""
+def _input_gradient(dy, w, *, shape, pads):
+  """[N, H', W', C_out], kernel -> [N, H, W, C_in] of that shape; stride one."""
   pads = [
     (kernel - 1 - low, length + low - out)
     for (low, _), kernel, length, out in zip(
@@ -47,11 +48,13 @@ def _input_gradient(dy, w, *, shape, stride, pads):
     )
   ]
   w = w[::-1, ::-1].transpose(0, 1, 3, 2)
-  return convolve(dy, w, stride=stride, pads=pads)
+  return convolve(dy, w, stride=1, pads=pads)
 
 
 def _input_gradient_of_strides(dy, w, *, shape, stride, pads):
-  """The same for strides above one.
+  """The same for other strides.
+
+  (And for one, but of a 1x1 kernel XLA transposes six axes slowly.)
 
   A convolution of stride one that gives all `stride` x `stride` pixels which an
   output begins with at once. Row i of the kernel is what output r multiplies
@@ -81,15 +84,14 @@ def _input_gradient_of_strides(dy, w, *, shape, stride, pads):
   return dx[:, : shape[1], : shape[2]]
 
 
-def _kernel_gradient(x, dy, w, *, stride, pads):
-  """[N, H, W, C_in], [N, H', W', C_out] -> the kernel's shape."""
-  seen = _seen(x, w.shape[:2], stride, pads)
-  if w.shape[:2] == (1, 1):
-    product = _product(_transposed(seen[0]), dy.reshape(-1, dy.shape[-1]))
-    return product.reshape(w.shape)
+def _kernel_gradient(x, dy, shape, *, stride, pads):
+  """[N, H, W, C_in], [N, H', W', C_out] -> a kernel of that shape."""
+  height, width, inputs, outputs = shape
+  seen = _seen(x, (height, width), stride, pads)
+  if height == width == 1:  # Then no product is to be transposed.
+    return _product(_transposed(seen[0]), dy).reshape(shape)
   dy = _transposed(dy)
-  products = [_product(dy, row.reshape(-1, row.shape[-1])) for row in seen]
-  height, width, inputs, outputs = w.shape
+  products = [_product(dy, rows) for rows in seen]
   dw = jnp.stack(products).reshape(height, outputs, width, inputs)
   return dw.transpose(0, 2, 3, 1)
 
@@ -108,6 +110,8 @@ def _seen(x, size, stride, pads):
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """As matrices, whose columns are the last axes: float32."""
+  a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 

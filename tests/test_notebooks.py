@@ -19,6 +19,8 @@ from jupyter_client import AsyncKernelManager
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments/notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
+SLOW = ("fine_tune_on_a_folder", "look_inside")
+
 # How many pictures each promises.
 NUM_FIGURES = {
   "agc_by_hand": 2,
@@ -90,10 +92,8 @@ def executed(environment, tmp_path_factory, request):
 @pytest.mark.parametrize(
   "name",
   [
-    "agc_by_hand",
-    "classify_an_image",
-    pytest.param("fine_tune_on_a_folder", marks=pytest.mark.slow),
-    pytest.param("look_inside", marks=pytest.mark.slow),
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in NAMES
   ],
 )
 def test_notebooks_run_from_a_clean_kernel(executed, name):
