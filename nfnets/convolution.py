@@ -178,23 +178,45 @@ def _each_group(
   if groups == 1:
     return function(*arrays)
 
-  def part(array, i):
-    size = array.shape[-1] // groups
-    return jax.lax.dynamic_slice_in_dim(array, i * size, size, -1)
+  cut = lambda array, i: _cut(array, i, array.shape[-1] // groups, axis=-1)
 
   def step(i, wholes):
     operands = (wholes, *arrays[1:]) if is_in_place else arrays
-    put = lambda whole, result: jax.lax.dynamic_update_slice_in_dim(
-      whole, result, i * result.shape[-1], -1
-    )
-    results = function(*(part(array, i) for array in operands))
+    results = function(*(cut(array, i) for array in operands))
+    put = lambda whole, result: _put(whole, result, i, axis=-1)
     return jax.tree.map(put, wholes, results)
 
   if is_in_place:
     return jax.lax.fori_loop(0, groups, step, arrays[0])
-  shapes = jax.eval_shape(function, *(part(array, 0) for array in arrays))
-  empty = lambda s: jnp.zeros((*s.shape[:-1], s.shape[-1] * groups), s.dtype)
-  return jax.lax.fori_loop(0, groups, step, jax.tree.map(empty, shapes))
+  shapes = jax.eval_shape(function, *(cut(array, 0) for array in arrays))
+  whole = lambda s: (*s.shape[:-1], s.shape[-1] * groups)
+  wholes = jax.tree.map(
+    lambda s: _to_overwrite(whole(s), s.dtype, arrays[-1]), shapes
+  )
+  return jax.lax.fori_loop(0, groups, step, wholes)
+
+
+def _cut(x: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
+  """The ith part of that size."""
+  return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _put(x: jax.Array, part: jax.Array, i: jax.Array, axis: int) -> jax.Array:
+  """With its ith part replaced."""
+  start = i * part.shape[axis]
+  return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)
+
+
+def _to_overwrite(
+  shape: tuple[Any, ...], dtype: Any, source: jax.Array
+) -> jax.Array:
+  """An array that a loop overwrites, filled with a number of `source`.
+
+  All zeros of a shape XLA would make one constant, of which it copies each
+  loop's when the program starts: slower, and held in memory until then.
+  """
+  number = jax.lax.slice(source, (0,) * source.ndim, (1,) * source.ndim)
+  return jnp.broadcast_to(number.reshape(()).astype(dtype), shape)
 
 
 def _num_pixels(x: jax.Array) -> int:
@@ -212,15 +234,6 @@ def _images_of_a_part(x: jax.Array) -> int:
   return max(n for n in range(1, most + 1) if num % n == 0)
 
 
-def _parts(x: jax.Array, size: int) -> jax.Array:
-  """[N, ...] -> [N / size, size, ...].
-
-  Parts of one image have no axis for it: XLA would lay it out elsewhere, and
-  copy.
-  """
-  return x if size == 1 else x.reshape(-1, size, *x.shape[1:])
-
-
 def _in_parts(run):
   """The same function of images and a kernel, some images at a time."""
 
@@ -229,12 +242,16 @@ def _in_parts(run):
     if size == x.shape[0]:
       return run(x, w)
 
-    def step(part):
-      out = run(part.reshape(size, *x.shape[1:]), w)
-      return out[0] if size == 1 else out
+    def step(i, out):
+      source = out if is_in_place else x
+      return _put(out, run(_cut(source, i, size, axis=0), w), i, axis=0)
 
-    out = jax.lax.map(step, _parts(x, size))
-    return out.reshape(x.shape[0], *out.shape[-3:])
+    shape = jax.eval_shape(run, _cut(x, 0, size, axis=0), w).shape
+    is_in_place = shape[1:] == x.shape[1:]
+    out = (
+      x if is_in_place else _to_overwrite((x.shape[0], *shape[1:]), x.dtype, x)
+    )
+    return jax.lax.fori_loop(0, x.shape[0] // size, step, out)
 
   return in_parts
 
@@ -247,14 +264,14 @@ def _gradients_in_parts(gradients):
     if size == x.shape[0]:
       return gradients(x, w, dy)
 
-    def step(dw, parts):
-      part, of_part = (p.reshape(size, *p.shape[-3:]) for p in parts)
-      dx, dw_of_part = gradients(part, w, of_part)
-      return dw + dw_of_part, dx[0] if size == 1 else dx
+    def step(i, sums):
+      dx, dw = sums
+      part, of_part = (_cut(a, i, size, axis=0) for a in (x, dy))
+      dx_of_part, dw_of_part = gradients(part, w, of_part)
+      return _put(dx, dx_of_part, i, axis=0), dw + dw_of_part
 
-    zeros = jnp.zeros(w.shape, jnp.float32)
-    dw, dx = jax.lax.scan(step, zeros, (_parts(x, size), _parts(dy, size)))
-    return dx.reshape(x.shape), dw
+    sums = _to_overwrite(x.shape, dy.dtype, dy), jnp.zeros(w.shape, jnp.float32)
+    return jax.lax.fori_loop(0, x.shape[0] // size, step, sums)
 
   return in_parts
 

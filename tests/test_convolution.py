@@ -189,6 +189,31 @@ def test_loops_keep_to_the_layout_that_is_fast_on_cpu(channels, size, stride):
 @pytest.mark.skipif(
   jax.default_backend() != "cpu", reason="`products` are for the CPU"
 )
+@pytest.mark.parametrize("size, groups", [(16, 2), (48, 1)])
+def test_equal_loops_begin_with_no_constant_of_which_each_has_a_copy(
+  size, groups
+):
+  x = _normal(0, 4, size, size, 64)
+  kernels = _normal(1, 3, 3, 3, 64 // groups, 64)
+
+  def loss(kernels, x):
+    for w in kernels:
+      x = jnp.tanh(convolution.conv2d(x, w, groups=groups, form="products"))
+    return jnp.sum(x**2)
+
+  program = (
+    jax.jit(jax.grad(loss, (0, 1))).lower(kernels, x).compile().as_text()
+  )
+  assert " while(" in program  # Over groups, or over parts of the images.
+  copied = re.findall(r" = f32\[([\d,]+)\]\S* copy\(%\S*broadcast", program)
+  # Parts are summed from zeros.
+  written = [x.shape] if groups == 1 else [x.shape, kernels[0].shape]
+  assert not {",".join(map(str, shape)) for shape in written} & set(copied)
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="`products` are for the CPU"
+)
 @pytest.mark.parametrize("stride, groups", [(1, 1), (1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_bfloat16_is_multiplied_as_such_on_cpu(kernel, stride, groups):
