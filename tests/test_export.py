@@ -147,10 +147,15 @@ def test_stablehlo_runs_with_jax_alone_for_any_batch(tmp_path, num):
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
-def test_f0_in_every_form(tmp_path):
+@pytest.mark.parametrize(
+  "overrides",
+  [{"depth": (1, 1, 1, 1)}, pytest.param({}, marks=pytest.mark.slow)],
+)
+def test_f0_in_every_form(overrides, tmp_path):
   """The large network, through the files that a user would write."""
-  model = models.make("nfnet_f0")
-  card = cards.for_imagenet(model, "here")._replace(image_size=96)
+  model = models.make("nfnet_f0", **overrides)
+  card = cards.for_imagenet(model, "here")
+  card = card._replace(overrides=overrides, image_size=96)
   params = draw_params(param_shapes(model))
   weights = tmp_path / "f0.safetensors"
   pretrained.save(weights, params, card)

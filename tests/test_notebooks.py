@@ -19,7 +19,7 @@ from jupyter_client import AsyncKernelManager
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments/notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
-SLOW = ("fine_tune_on_a_folder", "look_inside")
+SLOW = ("agc_by_hand", "fine_tune_on_a_folder", "look_inside")
 
 # How many pictures each promises.
 NUM_FIGURES = {
@@ -116,6 +116,7 @@ def test_fine_tuning_learns_what_arrived(executed):
   assert float(new[0]) == 0 and float(new[1]) > 80
 
 
+@pytest.mark.slow
 def test_agc_by_hand_is_agc(executed):
   assert "gives the same for all" in _text(executed("agc_by_hand"))
 
