@@ -85,12 +85,19 @@ def split(x, w, *, stride, groups, padding):
 
 
 def products(x, w, *, stride, groups, padding):
-  """1x1 as a product, others group by group, with fast ways to gradients."""
-  is_product = w.shape[:2] == (1, 1) and groups == 1
-  if is_product and x.dtype != jnp.bfloat16:
+  """1x1 as a product, others group by group, with fast ways to gradients.
+
+  bfloat16 is multiplied as float32 where that is faster.
+  """
+  options = {"stride": stride, "groups": groups, "padding": padding}
+  is_bfloat16 = x.dtype == jnp.bfloat16
+  if is_bfloat16 and not rowwise.is_fast():
+    x, w = (a.astype(jnp.float32) for a in (x, w))
+    return products(x, w, **options).astype(jnp.bfloat16)
+  if w.shape[:2] == (1, 1) and groups == 1 and not is_bfloat16:
     x = x[:, ::stride, ::stride]
     return (_as_matrix(x) @ w[0, 0]).reshape(*x.shape[:3], w.shape[-1])
-  return _by_group(x, w, stride=stride, groups=groups, padding=padding)
+  return _by_group(x, w, **options)
 
 
 def portable(x, w, *, stride, groups, padding):
@@ -235,22 +242,25 @@ def _images_of_a_part(x: jax.Array) -> int:
 
 
 def _in_parts(run):
-  """The same function of images and a kernel, some images at a time."""
+  """The same function of images and a kernel, some images at a time.
+
+  What has the input's shape takes its memory.
+  """
 
   def in_parts(x, w):
     size = _images_of_a_part(x)
     if size == x.shape[0]:
       return run(x, w)
 
-    def step(i, out):
-      source = out if is_in_place else x
-      return _put(out, run(_cut(source, i, size, axis=0), w), i, axis=0)
-
     shape = jax.eval_shape(run, _cut(x, 0, size, axis=0), w).shape
     is_in_place = shape[1:] == x.shape[1:]
-    out = (
-      x if is_in_place else _to_overwrite((x.shape[0], *shape[1:]), x.dtype, x)
-    )
+
+    def step(i, out):
+      images = _cut(out if is_in_place else x, i, size, axis=0)
+      return _put(out, run(images, w), i, axis=0)
+
+    whole = (x.shape[0], *shape[1:])
+    out = x if is_in_place else _to_overwrite(whole, x.dtype, x)
     return jax.lax.fori_loop(0, x.shape[0] // size, step, out)
 
   return in_parts

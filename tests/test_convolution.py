@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from nfnets import convolution
+from nfnets import convolution, rowwise
 from nfnets.errors import InputError
 
 
@@ -49,6 +49,12 @@ CASES = strategies.builds(
   expansion=strategies.sampled_from((1, 2)),
   form=strategies.sampled_from(sorted(convolution.FORMS)),
 )
+
+
+@pytest.fixture
+def set_amx(monkeypatch):
+  """Whether this machine seems to multiply bfloat16 fast."""
+  return lambda has: monkeypatch.setattr(rowwise, "is_fast", lambda: has)
 
 
 def _check_next_to_xlas_own(case, dtype, *, rtol, atol):
@@ -99,9 +105,15 @@ def test_forms_are_equal(case):
 ROUNDING = {"rtol": 2**-6, "atol": 2**-6}
 
 
-@pytest.mark.parametrize("form", sorted(convolution.FORMS))
+@pytest.mark.parametrize(
+  "form, has_amx",
+  [(form, True) for form in sorted(convolution.FORMS)] + [("products", False)],
+)
 @pytest.mark.parametrize("size", [8, 20, 32])
-def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
+def test_forms_in_bfloat16_are_equal_to_its_rounding(
+  form, has_amx, size, set_amx
+):
+  set_amx(has_amx)
   case = Case(2, size, size, 1, "same", 3, 2, 4, 1, form)
   _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
 
@@ -113,8 +125,15 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(form, size):
 @hypothesis.example(Case(1, 16, 15, 2, "same", 5, 2, 4, 2, "products"))
 @hypothesis.example(Case(3, 7, 6, 1, "same", 1, 1, 8, 1, "products"))
 @hypothesis.example(Case(1, 9, 8, 2, "same", 1, 2, 8, 1, "products"))
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
-def test_products_in_bfloat16_are_equal_to_its_rounding(case):
+@hypothesis.settings(
+  max_examples=8,
+  deadline=None,
+  derandomize=True,
+  # All examples find the same machine.
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_products_in_bfloat16_are_equal_to_its_rounding(set_amx, case):
+  set_amx(True)
   case = case._replace(form="products")
   _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
 
@@ -131,15 +150,17 @@ def test_products_in_bfloat16_are_equal_to_its_rounding(case):
     ({"channels": 64, "size": 20}, False, False),
     ({"channels": 64, "size": 20, "num": 4}, True, True),
     ({"channels": 16, "size": 20, "num": 4}, False, False),
-    ({"dtype": jnp.bfloat16}, False, False),
+    ({"dtype": jnp.bfloat16, "has_amx": True}, False, False),
+    ({"dtype": jnp.bfloat16, "has_amx": False}, True, True),
     ({"form": "split"}, False, False),
   ],
 )
 def test_products_take_winograd_where_it_is_faster(
-  changes, is_forward, is_backward
+  changes, is_forward, is_backward, set_amx
 ):
   case = {"num": 1, "size": 12, "channels": 128, "dtype": jnp.float32}
   case |= {"groups": 2, "stride": 1, "form": "products"} | changes
+  set_amx(case.pop("has_amx", False))
   num, size, channels, dtype = (
     case.pop(key) for key in ("num", "size", "channels", "dtype")
   )
@@ -216,7 +237,10 @@ def test_equal_loops_begin_with_no_constant_of_which_each_has_a_copy(
 )
 @pytest.mark.parametrize("stride, groups", [(1, 1), (1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_bfloat16_is_multiplied_as_such_on_cpu(kernel, stride, groups):
+def test_bfloat16_is_multiplied_as_such_on_cpus_with_amx(
+  kernel, stride, groups, set_amx
+):
+  set_amx(True)
   x = _normal(0, 2, 16, 16, 32).astype(jnp.bfloat16)
   w = _normal(1, kernel, kernel, 32 // groups, 32).astype(jnp.bfloat16)
 
