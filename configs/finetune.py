@@ -11,8 +11,8 @@ and the run ends when eight evaluations brought nothing better. When images or
 classes are added to the folder, the same command goes on from the last weights
 in another round. `--config.optim.frozen=stem,stage1,stage2` trains the rest
 alone; `--config.data.train_size=...` takes another resolution;
-`--config.train.precision=bfloat16` is for accelerators, and for processors that
-multiply it. Small sets have no published number to expect: the README shows a
+`--config.train.precision=bfloat16` is for accelerators, and for processors with
+AMX. Small sets have no published number to expect: the README shows a
 run on digits.
 
     nfnets train --config=configs/finetune.py:imagenet \\

@@ -196,10 +196,10 @@ def _each_group(
   if is_in_place:
     return jax.lax.fori_loop(0, groups, step, arrays[0])
   shapes = jax.eval_shape(function, *(cut(array, 0) for array in arrays))
-  whole = lambda s: (*s.shape[:-1], s.shape[-1] * groups)
-  wholes = jax.tree.map(
-    lambda s: _to_overwrite(whole(s), s.dtype, arrays[-1]), shapes
+  make = lambda s: _to_overwrite(
+    (*s.shape[:-1], s.shape[-1] * groups), s.dtype, arrays[-1]
   )
+  wholes = jax.tree.map(make, shapes)
   return jax.lax.fori_loop(0, groups, step, wholes)
 
 
@@ -219,8 +219,8 @@ def _to_overwrite(
 ) -> jax.Array:
   """An array that a loop overwrites, filled with a number of `source`.
 
-  All zeros of a shape XLA would make one constant, of which it copies each
-  loop's when the program starts: slower, and held in memory until then.
+  All zeros of a shape XLA would make one constant, and copy it for each loop
+  when the program starts: held in memory until the loop begins.
   """
   number = jax.lax.slice(source, (0,) * source.ndim, (1,) * source.ndim)
   return jnp.broadcast_to(number.reshape(()).astype(dtype), shape)
@@ -252,15 +252,15 @@ def _in_parts(run):
     if size == x.shape[0]:
       return run(x, w)
 
-    shape = jax.eval_shape(run, _cut(x, 0, size, axis=0), w).shape
-    is_in_place = shape[1:] == x.shape[1:]
+    result = jax.eval_shape(run, _cut(x, 0, size, axis=0), w)
+    is_in_place = result.shape[1:] == x.shape[1:]
 
     def step(i, out):
       images = _cut(out if is_in_place else x, i, size, axis=0)
       return _put(out, run(images, w), i, axis=0)
 
-    whole = (x.shape[0], *shape[1:])
-    out = x if is_in_place else _to_overwrite(whole, x.dtype, x)
+    shape = (x.shape[0], *result.shape[1:])
+    out = x if is_in_place else _to_overwrite(shape, result.dtype, x)
     return jax.lax.fori_loop(0, x.shape[0] // size, step, out)
 
   return in_parts
@@ -274,14 +274,15 @@ def _gradients_in_parts(gradients):
     if size == x.shape[0]:
       return gradients(x, w, dy)
 
-    def step(i, sums):
-      dx, dw = sums
+    def step(i, carry):
+      dx, dw = carry
       part, of_part = (_cut(a, i, size, axis=0) for a in (x, dy))
       dx_of_part, dw_of_part = gradients(part, w, of_part)
       return _put(dx, dx_of_part, i, axis=0), dw + dw_of_part
 
-    sums = _to_overwrite(x.shape, dy.dtype, dy), jnp.zeros(w.shape, jnp.float32)
-    return jax.lax.fori_loop(0, x.shape[0] // size, step, sums)
+    dx = _to_overwrite(x.shape, dy.dtype, dy)
+    dw = jnp.zeros(w.shape, jnp.float32)
+    return jax.lax.fori_loop(0, x.shape[0] // size, step, (dx, dw))
 
   return in_parts
 

@@ -156,7 +156,7 @@ def _make_parser() -> argparse.ArgumentParser:
     choices=("float32", "bfloat16"),
     default="float32",
     help="of activations; bfloat16 is for accelerators, and for processors "
-    "that multiply it (default: float32)",
+    "with AMX (default: float32)",
   )
   form = command.add_mutually_exclusive_group()
   form.add_argument("--json", action="store_true", help="print JSON lines")

@@ -46,7 +46,7 @@ class Classifier:
   Args:
     source: What `pretrained.load` takes: a published name, a file, a workdir.
     precision: Of activations: `float32`, or `bfloat16`, for accelerators and
-      processors that multiply it.
+      processors with AMX.
 
   Attributes:
     card: What the weights are.

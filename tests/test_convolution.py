@@ -53,7 +53,7 @@ CASES = strategies.builds(
 
 @pytest.fixture
 def set_amx(monkeypatch):
-  """Whether this machine seems to multiply bfloat16 fast."""
+  """Lets this machine seem to have AMX, or not."""
   return lambda has: monkeypatch.setattr(rowwise, "is_fast", lambda: has)
 
 
@@ -226,8 +226,9 @@ def test_equal_loops_begin_with_no_constant_of_which_each_has_a_copy(
     jax.jit(jax.grad(loss, (0, 1))).lower(kernels, x).compile().as_text()
   )
   assert " while(" in program  # Over groups, or over parts of the images.
+  assert " copy(%" in program  # How XLA prints one.
   copied = re.findall(r" = f32\[([\d,]+)\]\S* copy\(%\S*broadcast", program)
-  # Parts are summed from zeros.
+  # (The sum over parts does begin with zeros: the kernel's, of groups = 1.)
   written = [x.shape] if groups == 1 else [x.shape, kernels[0].shape]
   assert not {",".join(map(str, shape)) for shape in written} & set(copied)
 

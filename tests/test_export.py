@@ -150,9 +150,10 @@ def test_stablehlo_runs_with_jax_alone_for_any_batch(tmp_path, num):
 @pytest.mark.parametrize(
   "overrides",
   [{"depth": (1, 1, 1, 1)}, pytest.param({}, marks=pytest.mark.slow)],
+  ids=["a block a stage", "whole"],
 )
 def test_f0_in_every_form(overrides, tmp_path):
-  """The large network, through the files that a user would write."""
+  """Large layers, through the files that a user would write."""
   model = models.make("nfnet_f0", **overrides)
   card = cards.for_imagenet(model, "here")
   card = card._replace(overrides=overrides, image_size=96)
