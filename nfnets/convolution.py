@@ -128,9 +128,7 @@ def _by_group(x, w, *, stride, groups, padding):
   pads = _pads(x.shape, kernel, stride, padding)
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
   prepare = lambda w: w
-  is_bfloat16 = x.dtype == jnp.bfloat16  # Whose results are float32.
-  is_in_place = stride == 1 and x.shape[-1] == w.shape[-1] and not is_bfloat16
-  if is_bfloat16:
+  if x.dtype == jnp.bfloat16:
     options = {"stride": stride, "pads": pads}
     run = functools.partial(rowwise.convolve, **options)
     gradients = functools.partial(rowwise.gradients, **options)
@@ -144,8 +142,7 @@ def _by_group(x, w, *, stride, groups, padding):
   @jax.custom_vjp
   def convolve(x, w):
     w = prepare(w.astype(x.dtype))
-    out = _each_group(groups, run, x, w, is_in_place=is_in_place)
-    return out.astype(x.dtype)
+    return _each_group(groups, run, x, w).astype(x.dtype)
 
   def forward(x, w):
     narrow = w.astype(x.dtype)
@@ -172,20 +169,20 @@ def _is_for_winograd(x, kernel: tuple[int, ...], stride: int) -> bool:
 
 
 def _each_group(
-  groups: int,
-  function: Callable[..., Any],
-  *arrays: jax.Array,
-  is_in_place: bool = False,
+  groups: int, function: Callable[..., Any], *arrays: jax.Array
 ) -> Any:
   """A function of each group of the last axis, in a loop: compiled once.
 
-  What it returns, one array or several, is put together along the last axis; in
-  place, one array takes the memory of the first, which has its shape.
+  What it returns, one array or several, is put together along the last axis;
+  one that is like the first array takes its memory.
   """
   if groups == 1:
     return function(*arrays)
 
   cut = lambda array, i: _cut(array, i, array.shape[-1] // groups, axis=-1)
+  parts = [cut(array, 0) for array in arrays]
+  results = jax.eval_shape(function, *parts)
+  is_in_place = _is_like(results, parts[0])
 
   def step(i, wholes):
     operands = (wholes, *arrays[1:]) if is_in_place else arrays
@@ -193,14 +190,17 @@ def _each_group(
     put = lambda whole, result: _put(whole, result, i, axis=-1)
     return jax.tree.map(put, wholes, results)
 
-  if is_in_place:
-    return jax.lax.fori_loop(0, groups, step, arrays[0])
-  shapes = jax.eval_shape(function, *(cut(array, 0) for array in arrays))
   make = lambda s: _to_overwrite(
     (*s.shape[:-1], s.shape[-1] * groups), s.dtype, arrays[-1]
   )
-  wholes = jax.tree.map(make, shapes)
+  wholes = arrays[0] if is_in_place else jax.tree.map(make, results)
   return jax.lax.fori_loop(0, groups, step, wholes)
+
+
+def _is_like(result: Any, part: jax.Array) -> bool:
+  """Whether it is one array that a loop can write over what it is made of."""
+  like = jax.ShapeDtypeStruct(part.shape, part.dtype)
+  return isinstance(result, jax.ShapeDtypeStruct) and result == like
 
 
 def _cut(x: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
@@ -244,7 +244,7 @@ def _images_of_a_part(x: jax.Array) -> int:
 def _in_parts(run):
   """The same function of images and a kernel, some images at a time.
 
-  What has the input's shape takes its memory.
+  What is like the images takes their memory.
   """
 
   def in_parts(x, w):
@@ -252,8 +252,9 @@ def _in_parts(run):
     if size == x.shape[0]:
       return run(x, w)
 
-    result = jax.eval_shape(run, _cut(x, 0, size, axis=0), w)
-    is_in_place = result.shape[1:] == x.shape[1:]
+    part = _cut(x, 0, size, axis=0)
+    result = jax.eval_shape(run, part, w)
+    is_in_place = _is_like(result, part)
 
     def step(i, out):
       images = _cut(out if is_in_place else x, i, size, axis=0)
