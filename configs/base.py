@@ -97,6 +97,9 @@ def get_config() -> ConfigDict:
   # faster and run slower (on a CPU F7's gradient compiles twice as fast, F0's
   # runs 10 % slower: experiments/speed.md).
   config.train.scan = False
+  # Train with parameters in fewer arrays; None: on GPUs. Checkpoints and
+  # weights are the same.
+  config.train.packed = placeholder(bool)
   config.train.label_smoothing = 0.1  # Share spread over all classes.
   # Evaluations without a better accuracy after which the run ends; its weights
   # are the best then. None: it goes on to the end.

@@ -34,48 +34,49 @@ class AGCState(NamedTuple):
   statistics: dict[str, Statistics]
 
 
-def unitwise_norm(x: jax.Array) -> jax.Array:
-  """Euclidean norm of each unit, with the reduced axes kept as 1.
+Axes = tuple[int, ...]
+
+
+def unit_axes(shape: tuple[int, ...]) -> Axes:
+  """The axes that one unit of a parameter of that shape extends over.
 
   | shape | unit |
   | --- | --- |
   | scalar, vector, and anything that squeezes to one | the whole array |
-  | [C_in, C_out] and rank 3 | a column: the norm runs over axis 0 |
+  | [C_in, C_out] and rank 3 | a column: axis 0 |
   | [..., C_in, C_out] of rank 4 (HWIO) and 5 | all but the last axis |
 
   Raises:
     InputError: for rank 6 and above, where the units are not defined.
   """
-  if jnp.squeeze(x).ndim <= 1:
-    axes = tuple(range(x.ndim))
-  elif x.ndim in (2, 3):
-    axes = (0,)
-  elif x.ndim in (4, 5):
-    axes = tuple(range(x.ndim - 1))
-  else:
-    raise InputError(
-      f"a parameter of shape {x.shape} has no known units: unit-wise norms are "
-      "defined up to rank 5"
-    )
-  return jnp.sqrt(jnp.sum(_squared_magnitude(x), axis=axes, keepdims=True))
-
-
-def unitwise_norms(tree: Any, is_stacked: Any) -> Any:
-  """`unitwise_norm` of each array in a tree.
-
-  Args:
-    tree: Of arrays.
-    is_stacked: A tree of bools: where an array is several parameters, along its
-      first axis.
-  """
-  return jax.tree.map(
-    lambda x, several: _each(unitwise_norm, several)(x), tree, is_stacked
+  rank = len(shape)
+  if sum(size != 1 for size in shape) <= 1:
+    return tuple(range(rank))
+  if rank in (2, 3):
+    return (0,)
+  if rank in (4, 5):
+    return tuple(range(rank - 1))
+  raise InputError(
+    f"a parameter of shape {shape} has no known units: unit-wise norms are "
+    "defined up to rank 5"
   )
 
 
-def _each(function: Callable[..., Any], is_stacked: bool) -> Callable[..., Any]:
-  """The function of one parameter, for several if need be."""
-  return jax.vmap(function) if is_stacked else function
+def unitwise_norm(x: jax.Array, axes: Axes | None = None) -> jax.Array:
+  """Euclidean norm of each unit, with the reduced axes kept as 1.
+
+  Args:
+    x: A parameter or its gradient.
+    axes: That a unit extends over; None: those of `unit_axes`.
+  """
+  axes = unit_axes(x.shape) if axes is None else axes
+  return jnp.sqrt(jnp.sum(_squared_magnitude(x), axis=axes, keepdims=True))
+
+
+def unitwise_norms(tree: Any, axes: Any) -> list[jax.Array]:
+  """`unitwise_norm` of each array in a tree, with axes as in a tree beside."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return list(map(unitwise_norm, leaves, treedef.flatten_up_to(axes)))
 
 
 def _squared_magnitude(x: jax.Array) -> jax.Array:
@@ -97,11 +98,16 @@ class Clipped(NamedTuple):
 
 
 def clip(
-  grad: jax.Array, param: jax.Array, *, clipping: float, eps: float
+  grad: jax.Array,
+  param: jax.Array,
+  axes: Axes | None = None,
+  *,
+  clipping: float,
+  eps: float,
 ) -> Clipped:
-  """Clips one parameter's gradient."""
-  grad_norm = unitwise_norm(grad)
-  param_norm = jnp.maximum(unitwise_norm(param), eps)
+  """Clips one parameter's gradient; `axes` as in `unitwise_norm`."""
+  grad_norm = unitwise_norm(grad, axes)
+  param_norm = jnp.maximum(unitwise_norm(param, axes), eps)
   max_norm = clipping * param_norm
   factor = max_norm / jnp.maximum(grad_norm, _DIVISION_EPS)
   factor = jnp.where(grad_norm < max_norm, 1, factor)
@@ -113,7 +119,7 @@ def adaptive_grad_clip(
   eps: float = 1e-3,
   *,
   part_of: Callable[[str], str] | None = None,
-  is_stacked: Callable[[Any], Any] | None = None,
+  unit_axes: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
   """AGC as an optax transformation that says what it clipped.
 
@@ -133,8 +139,9 @@ def adaptive_grad_clip(
     part_of: Names the part of the network that a parameter is in, from its
       path "module/name"; the state has statistics for each part. Without it
       the state has `all` alone.
-    is_stacked: Tells of each array in a tree of parameters whether it is
-      several parameters along its first axis, each with units of its own.
+    unit_axes: Tells of each array in a tree of parameters which axes one of
+      its units extends over, as a tuple, where it is not as it is published
+      (None: it is). Without it all are.
 
   Returns:
     A transformation whose state is an `AGCState`.
@@ -165,16 +172,11 @@ def adaptive_grad_clip(
         "parameters, `update(grads, state, params)`"
       )
     leaves, treedef = jax.tree.flatten(updates)
-    several = [False] * len(leaves)
-    if is_stacked is not None:
-      several = treedef.flatten_up_to(is_stacked(params))
+    axes = [None] * len(leaves)
+    if unit_axes is not None:
+      axes = treedef.flatten_up_to(unit_axes(params))
     clip_one = functools.partial(clip, clipping=clipping, eps=eps)
-    results = [
-      _each(clip_one, is_several)(g, p)
-      for g, p, is_several in zip(
-        leaves, treedef.flatten_up_to(params), several, strict=True
-      )
-    ]
+    results = list(map(clip_one, leaves, treedef.flatten_up_to(params), axes))
     of_parts: dict[str, list[Clipped]] = {}
     for part, result in zip(parts(updates), results, strict=True):
       of_parts.setdefault(part, []).append(result)

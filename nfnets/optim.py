@@ -72,7 +72,7 @@ def make_optimizer(
   clipping: float | None = 0.01,
   clipping_eps: float = 1e-3,
   stage_of: Callable[[str], str] | None = None,
-  is_stacked: Callable[[hk.Params], Any] | None = None,
+  unit_axes: Callable[[hk.Params], Any] | None = None,
   is_frozen: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformation:
   """Clip, then decay, then Nesterov momentum, then learning rate.
@@ -84,7 +84,7 @@ def make_optimizer(
     clipping: AGC's lambda; None turns AGC off.
     clipping_eps: AGC's floor for weight norms.
     stage_of: Part of the network a module is in, for AGC's statistics.
-    is_stacked: Tells which arrays are several parameters, for AGC's units.
+    unit_axes: Tells which axes of arrays AGC's units extend over.
     is_frozen: Whether a module keeps its weights.
   """
 
@@ -99,7 +99,7 @@ def make_optimizer(
     if stage_of is not None:
       part_of = lambda path: stage_of(path.rpartition("/")[0])
     clip = agc.adaptive_grad_clip(
-      clipping, clipping_eps, part_of=part_of, is_stacked=is_stacked
+      clipping, clipping_eps, part_of=part_of, unit_axes=unit_axes
     )
     chain.append(optax.masked(clip, in_groups(lambda group: group.clipped)))
   chain += [

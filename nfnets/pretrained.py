@@ -280,6 +280,8 @@ def save_tensors(
 ) -> None:
   """Writes arrays by name; errors as `save`. The file appears when whole."""
   partial = path.with_name(f".partial-{path.name}")
+  # The library for safetensors writes memory as it lies, transposed or not.
+  tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
   if path.suffix == ".safetensors":
     from safetensors.numpy import save as to_bytes
 

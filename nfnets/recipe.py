@@ -95,7 +95,7 @@ class Recipe(NamedTuple):
       clipping=c.agc_clipping or None,
       clipping_eps=c.agc_eps,
       stage_of=self.model.stage_of,
-      is_stacked=self.model.is_stacked,
+      unit_axes=self.model.unit_axes,
       is_frozen=self.is_frozen,
     )
 
@@ -220,6 +220,7 @@ def resolve(config: ConfigDict) -> Recipe:
       num_classes,
       remat=config.train.remat,
       is_scanned=config.train.scan,
+      is_packed=config.train.packed,
       **overrides,
     )
   except InputError as error:

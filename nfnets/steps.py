@@ -152,7 +152,8 @@ def make_train_step(
     if accumulate == 1:
       return grad_fn(params, train_state.state, batch, key)
     if is_shared:  # Standardised once a step, in both directions.
-      params, pull_back = jax.vjp(models.standardize, params)
+      standardize = lambda params: models.standardize(model.unpack(params))
+      params, pull_back = jax.vjp(standardize, params)
 
     def micro_step(carry, inputs):
       state, sums = carry
@@ -195,7 +196,7 @@ def make_train_step(
 
     # From what clipping computes too, which XLA then does once.
     metrics["grad_norm"] = optax.tree.norm(
-      agc.unitwise_norms(grads, model.is_stacked(grads))
+      agc.unitwise_norms(grads, model.unit_axes(grads))
     )
     metrics["param_norm"] = optax.tree.norm(params)
     clipping = agc.find_state(opt_state)

@@ -121,7 +121,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         state = _start_from(config.init_from, state, r, mesh)
     else:
       state, position = checkpoints.restore(jax.eval_shape(init), mesh)
-    if r.model.execution.is_scanned:
+    if r.model.has_own_arrays:
       state = r.model.stack(jax.device_get(state))
       state = devices.replicate(state, mesh)
     start = int(state.step)
@@ -207,7 +207,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         bar.restart_clock()
       if is_save_due:
         saved = state
-        if r.model.execution.is_scanned:  # The same for other ways to compute.
+        if r.model.has_own_arrays:  # The same for other ways to compute.
           saved = r.model.unstack(jax.device_get(state))
         checkpoints.save(saved, position=data.position)
       if is_stop_due and not is_last:

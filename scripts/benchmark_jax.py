@@ -198,7 +198,7 @@ def _make_model(job: Job) -> models.Model:
 
 def _make_optimizer(model: models.Model) -> optax.GradientTransformation:
   return optim.make_optimizer(
-    0.1, stage_of=model.stage_of, is_stacked=model.is_stacked
+    0.1, stage_of=model.stage_of, unit_axes=model.unit_axes
   )
 
 

@@ -63,10 +63,14 @@ def test_stacked_parameters_are_clipped_one_by_one():
   params, grads = (
     jax.tree.map(stack, *trees) for trees in zip(*pairs, strict=True)
   )
-  is_stacked = lambda tree: {
-    name: value.ndim > len(shapes[name]) for name, value in tree.items()
-  }
-  tx = agc.adaptive_grad_clip(0.1, is_stacked=is_stacked)
+
+  def axes_of(name, value):
+    if value.ndim == len(shapes[name]):
+      return None
+    return tuple(axis + 1 for axis in agc.unit_axes(shapes[name]))
+
+  unit_axes = lambda tree: {k: axes_of(k, value) for k, value in tree.items()}
+  tx = agc.adaptive_grad_clip(0.1, unit_axes=unit_axes)
   found, state = tx.update(grads, tx.init(params), params)
   singly = [tx.update(g, tx.init(p), p) for p, g in pairs]
   jax.tree.map(

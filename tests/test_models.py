@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
 
-from nfnets import models
+from nfnets import agc, models
 from nfnets.errors import InputError
 from nfnets.models import plan as plans
 from nfnets.models.network import Drawn, Execution, NFBlock
@@ -345,22 +345,35 @@ def _loss_and_gradient(**execution):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.parametrize("execution", ["is_scanned", "is_packed"])
 @pytest.mark.parametrize(
   "name, row",
   [
     ("nfnet_tiny", SMALL | {"depth": (3, 4)}),
     ("nf_regnet_b0", {"depth": (3, 1), "width": (16, 32)}),
+    ("nfnet_tiny", SMALL | {"depth": (2, 2), "attention": "eca"}),
   ],
 )
-def test_stacked_parameters_give_the_same_and_come_back(name, row):
-  """Outputs, and gradients by the published names, of blocks as a loop."""
-  model = models.make(name, 10, **row, is_scanned=True)
+def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
+  """Outputs, gradients by the published names, and norms of AGC's units."""
+  model = models.make(name, 10, **row, **{execution: True})
   params = draw_params(param_shapes(model))
   stacked = model.stack({"a": params, "b": np.float32(1)})["a"]
-  assert len(stacked) < len(params)
-  assert any(jax.tree.leaves(model.is_stacked(stacked)))
-  assert not any(jax.tree.leaves(model.is_stacked(params)))
+  assert len(jax.tree.leaves(stacked)) < len(jax.tree.leaves(params))
   jax.tree.map(np.testing.assert_array_equal, model.unstack(stacked), params)
+  in_other_order = model.stack(
+    {k: dict(reversed(v.items())) for k, v in reversed(params.items())}
+  )
+  jax.tree.map(np.testing.assert_array_equal, in_other_order, stacked)
+  assert not jax.tree.leaves(model.unit_axes(params))
+  norms, expected = (
+    np.sort(np.concatenate([norm.ravel() for norm in found]))
+    for found in (
+      agc.unitwise_norms(stacked, model.unit_axes(stacked)),
+      agc.unitwise_norms(params, model.unit_axes(params)),
+    )
+  )
+  np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
   images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
 
@@ -382,8 +395,8 @@ def test_stacked_parameters_give_the_same_and_come_back(name, row):
   )
 
 
-def test_nothing_is_stacked_unless_blocks_are_a_loop():
-  model = models.make("nfnet_tiny", 10, depth=(1, 3, 1, 1))
+def test_nothing_is_stacked_unless_wanted():
+  model = models.make("nfnet_tiny", 10, depth=(1, 3, 1, 1), is_packed=False)
   params = draw_params(param_shapes(model))
   assert model.stack(params) is params
   assert model.unstack(params) is params

@@ -41,6 +41,17 @@ def test_round_trip(tmp_path, params, ending, card):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_arrays_that_lie_otherwise_in_memory_are_saved(
+  tmp_path, params, ending
+):
+  path = tmp_path / f"weights.{ending}"
+  lying_otherwise = jax.tree.map(lambda x: np.asarray(x, order="F"), params)
+  pretrained.save(path, lying_otherwise, CARD)
+  loaded = pretrained.load(path)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
 @pytest.mark.parametrize("card", [CARD, None])
 def test_int8_is_within_half_a_level(tmp_path, params, ending, card):
   path, full = tmp_path / f"weights.{ending}", tmp_path / f"full.{ending}"

@@ -38,7 +38,7 @@ def _setup(model, num_devices, **options):
   mesh = devices.make_mesh(num_devices)
   schedule = options.pop("schedule", 0.1)
   optimizer = optim.make_optimizer(
-    schedule, stage_of=model.stage_of, is_stacked=model.is_stacked
+    schedule, stage_of=model.stage_of, unit_axes=model.unit_axes
   )
   params = draw_params(param_shapes(model))
   state = steps.TrainState(
@@ -138,9 +138,10 @@ def _in_turn():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_blocks_as_a_loop_equal_blocks_in_turn(accumulate):
-  """With stacked parameters, of which each has its own units to be clipped."""
-  model = models.make("nfnet_tiny", 10, **DEEP, is_scanned=True)
+@pytest.mark.parametrize("execution", ["is_scanned", "is_packed"])
+def test_other_arrays_are_trained_alike(execution, accumulate):
+  """Of parameters put together each has its own units to be clipped."""
+  model = models.make("nfnet_tiny", 10, **DEEP, **{execution: True})
   run = _run(model, 2, _batches(0, 4, 16), accumulate=accumulate)
   expected = _in_turn()
   _assert_same_run(run, expected)

@@ -251,34 +251,35 @@ def test_other_settings_may_change_and_are_told(copy, nfnets):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_blocks_as_a_loop(nfnets, environment, tmp_path):
-  """And back: what is saved does not depend on it."""
+@pytest.mark.parametrize("option", ["scan", "packed"])
+def test_a_run_goes_on_with_other_arrays(option, nfnets, environment, tmp_path):
+  """And back: what is saved does not depend on them."""
   options = [option for option in TINY_RUN if "model.depth" not in option]
   options += ["--config.model.depth=2,3", "--config.train.epochs=0.5"]
   options += ["--config.model.drop_rate=0", "--config.model.stochdepth_rate=0"]
 
-  def arguments(name, scan):
+  def arguments(name, value):
     workdir = f"--workdir={tmp_path / name}"
-    return ["train", workdir, *options, f"--config.train.scan={scan}"]
+    return ["train", workdir, *options, f"--config.train.{option}={value}"]
 
   assert kill_when(
-    (tmp_path / "loop" / "checkpoints" / "7").is_dir,
-    [sys.executable, "-m", "nfnets.main", *arguments("loop", True)],
+    (tmp_path / "with" / "checkpoints" / "7").is_dir,
+    [sys.executable, "-m", "nfnets.main", *arguments("with", True)],
     environment,
   )
-  shutil.copytree(tmp_path / "loop", tmp_path / "turn")
-  for name, scan in (("loop", True), ("turn", False)):
-    result = nfnets(*arguments(name, scan))
+  shutil.copytree(tmp_path / "with", tmp_path / "without")
+  for name, value in (("with", True), ("without", False)):
+    result = nfnets(*arguments(name, value))
     _last_line(result)
     assert "from step 7" in result.stdout
-  loop, turn = (
+  found, without = (
     load_file(tmp_path / name / "weights.safetensors")
-    for name in ("loop", "turn")
+    for name in ("with", "without")
   )
-  assert loop.keys() == turn.keys()
-  for name, expected in turn.items():
+  assert found.keys() == without.keys()
+  for name, expected in without.items():
     np.testing.assert_allclose(
-      loop[name], expected, rtol=1e-4, atol=1e-5, err_msg=name
+      found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name
     )
 
 

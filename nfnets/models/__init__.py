@@ -6,6 +6,7 @@ outputs, state = model.apply(params, state, rng, images, is_training=False)
 """
 
 import concurrent.futures
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,11 @@ import haiku as hk
 import jax
 import numpy as np
 
-from nfnets import layers
+from nfnets import agc, layers
 from nfnets.convolution import FORMS
 from nfnets.errors import InputError, unknown
 from nfnets.initial import drawn_together
-from nfnets.models import nf_regnet, nf_resnet, nfnet, stacked
+from nfnets.models import nf_regnet, nf_resnet, nfnet, packed, stacked
 from nfnets.models import plan as plans
 from nfnets.models.network import REMATS, Execution, Network
 from nfnets.models.plan import Plan
@@ -46,8 +47,8 @@ class Model(NamedTuple):
       return_metrics=False, return_features=False) -> (outputs, state)`. Images
       [N, H, W, 3] float32 or bfloat16, normalised; `outputs["logits"]`
       [N, num_classes] float32, `outputs["pool"]` [N, features] float32. `rng`
-      is needed in training only. A network that is scanned also takes the
-      parameters that `stack` returns, but for `return_metrics`.
+      is needed in training only. It also takes the parameters that `stack`
+      returns (if they are of a loop, not with `return_metrics`).
   """
 
   name: str
@@ -74,32 +75,76 @@ class Model(NamedTuple):
 
   def stage_of(self, module: str) -> str:
     """Part of the network a parameter's module is in: stem, stage1 .. head."""
-    return plans.stage_of(self.plan, module)
+    return packed.part_of(module) or plans.stage_of(self.plan, module)
+
+  @property
+  def has_own_arrays(self) -> bool:
+    """Whether it trains with others than the published (`stack`)."""
+    return self.execution.is_scanned or self.execution.is_packed
 
   def stack(self, tree: Any) -> Any:
-    """Parameters as a scanned network trains fastest (`models.stacked`).
+    """Parameters in the arrays that the network trains fastest with.
+
+    `models.stacked` if it is scanned, `models.packed` if it is packed.
 
     Args:
-      tree: Of NumPy arrays; parameters, or a tree with such in it. It comes
-        back as it is if the network is not scanned.
+      tree: Of NumPy arrays: parameters, or anything that has dictionaries with
+        the modules of the network in it, such as the state of a training run.
+        It comes back as it is if the network is neither.
     """
-    return stacked.stack(self.plan, tree) if self.execution.is_scanned else tree
+    if self.execution.is_scanned:
+      return self._map_params(functools.partial(stacked.stack, self.plan), tree)
+    if self.execution.is_packed:
+      return self._map_params(functools.partial(packed.pack, self.plan), tree)
+    return tree
 
   def unstack(self, tree: Any) -> Any:
     """What `stack` was given; with the published names."""
     if self.execution.is_scanned:
-      return stacked.unstack(self.plan, tree)
-    return tree
+      unstack = functools.partial(stacked.unstack, self.plan)
+      return self._map_params(unstack, tree)
+    return self._map_params(self.unpack, tree)
 
-  def is_stacked(self, params: hk.Params) -> Any:
-    """For each array of (gradients of) parameters: whether it is of a run."""
+  def unpack(self, params: hk.Params) -> hk.Params:
+    """Of parameters, packed or not; a function that has a gradient."""
+    if not packed.is_packed(params):
+      return params
+    return packed.unpack(self.plan, self.num_classes, params)
+
+  def _map_params(
+    self, function: Callable[[hk.Params], hk.Params], tree: Any
+  ) -> Any:
+    classifier = f"{self.plan.name}/~/linear"
+    is_params = lambda node: isinstance(node, dict) and classifier in node
+    return jax.tree.map(
+      lambda node: function(node) if is_params(node) else node,
+      tree,
+      is_leaf=is_params,
+    )
+
+  def unit_axes(self, params: hk.Params) -> Any:
+    """For AGC: of each array, the axes that one unit extends over.
+
+    Args:
+      params: Parameters, or gradients of them, in whichever arrays.
+
+    Returns:
+      A tree of tuples; None where `agc.unitwise_norm` knows.
+    """
     shapes = plans.shapes(self.plan, self.num_classes)
+    is_packed = packed.is_packed(params)
 
-    def has_another_axis(path, array) -> bool:
+    def axes_of(path, array) -> tuple[int, ...] | None:
       module, name = (key.key for key in path)
-      return array.ndim > len(shapes[module][name])
+      if is_packed:
+        return packed.unit_axes(module, array)
+      rank = len(shapes[module][name])
+      if array.ndim == rank:
+        return None
+      axes = agc.unit_axes(array.shape[1:])
+      return tuple(axis + 1 for axis in axes)
 
-    return jax.tree_util.tree_map_with_path(has_another_axis, params)
+    return jax.tree_util.tree_map_with_path(axes_of, params)
 
   def shapes(self) -> tuple[Any, Any]:
     """Shapes of parameters and state, without computing them."""
@@ -165,6 +210,7 @@ def make(
   convolution: str | None = None,
   remat: str = "none",
   is_scanned: bool = False,
+  is_packed: bool | None = None,
   **overrides,
 ) -> Model:
   """Builds a network.
@@ -183,6 +229,8 @@ def make(
     is_scanned: Whether equal blocks are compiled once, as a loop: compiling
       deep networks takes less time, running takes more. Least of both with
       parameters that are stacked already (`Model.stack`).
+    is_packed: Whether `Model.stack` packs parameters, for training on GPUs
+      (None: on these), unless the network is scanned.
     **overrides: Any column of the table (`nfnets.models.nfnet.Variant`), such
       as `depth=(1, 1, 1, 1)` or `second_conv=False`.
 
@@ -196,7 +244,11 @@ def make(
     raise unknown("form of convolution", convolution, FORMS)
   if remat not in REMATS:
     raise unknown("remat", remat, REMATS)
-  execution = Execution(is_folded, convolution, remat, is_scanned)
+  if is_packed is None:
+    is_packed = jax.default_backend() == "gpu"
+  execution = Execution(
+    is_folded, convolution, remat, is_scanned, is_packed and not is_scanned
+  )
   return _make(name, row, num_classes, execution)
 
 
@@ -216,8 +268,13 @@ def _make(
     )
 
   init = drawn_together(forward)
-  apply = hk.transform_with_state(forward).apply
-  return Model(name, row, plan, num_classes, execution, init, apply)
+  published = hk.transform_with_state(forward).apply
+
+  def apply(params, *args, **options):
+    return published(model.unpack(params), *args, **options)
+
+  model = Model(name, row, plan, num_classes, execution, init, apply)
+  return model
 
 
 def folded(model: Model) -> Model:

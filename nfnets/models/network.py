@@ -29,6 +29,8 @@ class Execution(NamedTuple):
   remat: str = "none"  # Of REMATS.
   # Equal blocks are one loop, compiled once, rather than one after the other.
   is_scanned: bool = False
+  # In training, parameters are in fewer arrays (`models.packed`).
+  is_packed: bool = False
 
 
 def _make_conv(conv: Conv, plan: Plan, execution: Execution) -> layers.WSConv2D:
