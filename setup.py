@@ -33,6 +33,14 @@ setup(
     "tensorboardX",
   ],
   extras_require={
+    # Only to compile for accelerators elsewhere; see scripts/compile_for.sh.
+    "compilers": [
+      "jax-cuda12-plugin",
+      "libtpu",
+      "nvidia-cuda-nvcc-cu12",
+      "nvidia-cuda-runtime-cu12",
+      "nvidia-nvjitlink-cu12",
+    ],
     "cuda": ["jax[cuda13]"],
     "onnx": ["onnx"],
     "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
