@@ -25,7 +25,7 @@ from nfnets.data.batch import Batch
 
 # Options of `models.make` for contestants that are not the default network.
 OPTIONS = {
-  "xla": {"convolution": "xla"},
+  "xla": {"convolution": "xla", "is_packed": False},
   "scanned": {"is_scanned": True},
   "remat_blocks": {"remat": "blocks"},
   "remat_stages": {"remat": "stages"},

@@ -1,8 +1,8 @@
 """Compiles the train step for accelerators that are not at hand.
 
 XLA's compilers for GPUs and TPUs run on any x86-64 machine with Linux. What
-they plan is exact for memory, operations and the bytes that these read and
-write; how long it takes only the device can tell.
+they plan is exact for memory, and for a GPU's kernels and the bytes that these
+read and write; how long it takes only the device can tell.
 """
 
 import argparse
@@ -55,7 +55,7 @@ GPUS = {
 }
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8}
-# Operations of a program that nothing is started for.
+# Operations of a program that no kernel is started for.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 
 
@@ -65,10 +65,9 @@ class Plan(NamedTuple):
   compile_seconds: float
   kept_bytes: int  # Arguments: the state and a batch.
   temporary_bytes: int
-  operations: int  # That are started one by one: a GPU's kernels.
-  moved_bytes: int  # By these, if none finds an operand in a cache.
-  cycles: int  # A TPU's, by its compiler's own estimate; 0: none given.
-  kinds: collections.Counter  # Bytes by kind of operation.
+  kernels: int  # A GPU's.
+  moved: collections.Counter  # Bytes by kind of kernel, if no cache has any.
+  cycles: int  # A TPU's, by its compiler's own estimate.
 
 
 def compile_step(device: str, options: argparse.Namespace, name: str) -> Plan:
@@ -90,16 +89,15 @@ def compile_step(device: str, options: argparse.Namespace, name: str) -> Plan:
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   text = compiled.as_text()
-  kinds, operations = _count(text)
+  moved, kernels = _count(text)
   cycles = re.findall(r'"estimated_cycles":"(\d+)"', text)
   return Plan(
     seconds,
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes,
-    operations,
-    sum(kinds.values()),
+    kernels,
+    moved,
     sum(map(int, cycles)),
-    kinds,
   )
 
 
@@ -199,12 +197,12 @@ def _silent() -> Iterator[None]:
 
 
 def _count(text: str) -> tuple[collections.Counter, int]:
-  """Of a compiled program: bytes by kind of operation, and how many."""
+  """Of a program for a GPU: bytes by kind of kernel, and how many these are."""
   entry = text[text.index("\nENTRY") :]
   entry = entry[: entry.index("\n}")]
   shapes: dict[str, int] = {}
-  kinds: collections.Counter = collections.Counter()
-  operations = 0
+  moved: collections.Counter = collections.Counter()
+  kernels = 0
   pattern = r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)"
   for line in entry.splitlines():
     if not (match := re.match(pattern, line)):
@@ -215,10 +213,9 @@ def _count(text: str) -> tuple[collections.Counter, int]:
       continue
     operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
     kind = re.sub(r"[.\d]+$", "", name)
-    moved = shapes[name] + sum(shapes.get(x, 0) for x in operands)
-    kinds[kind] += moved
-    operations += 1
-  return kinds, operations
+    moved[kind] += shapes[name] + sum(shapes.get(x, 0) for x in operands)
+    kernels += 1
+  return moved, kernels
 
 
 def _size(shape: str) -> int:
@@ -234,7 +231,8 @@ def _parse() -> argparse.Namespace:
     prog="scripts/compile_for.sh",
     description="Compiles the train step (without augmentation) for "
     "accelerators that are not at hand and prints what the compiler plans: "
-    "memory, operations, bytes. For TPUs that takes minutes.",
+    "memory; for GPUs kernels and the bytes that they move; for TPUs, which "
+    "takes minutes, its own estimate of cycles.",
   )
   words = lambda text: text.split(",")
   parser.add_argument(
@@ -253,7 +251,7 @@ def _parse() -> argparse.Namespace:
     help="parameters in few arrays; default: on GPUs",
   )
   parser.add_argument(
-    "--kinds", type=int, default=0, help="list so many kinds of operations"
+    "--kinds", type=int, default=0, help="list so many kinds of kernels"
   )
   options = parser.parse_args()
   if unknown := set(options.device) - {*GPUS, *TPUS}:
@@ -274,7 +272,7 @@ def main() -> None:
       f"--xla_gpu_cuda_data_dir={Path(folder) / 'cuda_nvcc'}"
     )
   print(
-    "| device | network | images | GB kept | GB temporary | operations | "
+    "| device | network | images | GB kept | GB temporary | kernels | "
     "GB moved | million cycles | compiled in |\n| --- " + "| --- " * 8 + "|"
   )
   for device in options.device:
@@ -283,16 +281,19 @@ def main() -> None:
         plan = compile_step(device, options, name)
       except InputError as error:
         raise SystemExit(f"error: {error}") from None
-      cycles = f"{plan.cycles / 1e6:.1f}" if plan.cycles else ""
+      moved = sum(plan.moved.values()) / 1e9
+      of_gpu = f"{plan.kernels} | {moved:.2f} | "
+      of_tpu = f"| | {plan.cycles / 1e6:.1f}"
       print(
         f"| {device} | {name} | {options.batch} | {plan.kept_bytes / 1e9:.2f} "
-        f"| {plan.temporary_bytes / 1e9:.2f} | {plan.operations} "
-        f"| {plan.moved_bytes / 1e9:.2f} | {cycles} "
+        f"| {plan.temporary_bytes / 1e9:.2f} "
+        f"| {of_gpu if device in GPUS else of_tpu} "
         f"| {plan.compile_seconds:.0f} s |",
         flush=True,
       )
-      for kind, moved in plan.kinds.most_common(options.kinds):
-        print(f"  {moved / 1e9:6.2f} GB  {kind}")
+      kinds = plan.moved.most_common(options.kinds if device in GPUS else 0)
+      for kind, size in kinds:
+        print(f"  {size / 1e9:6.2f} GB  {kind}")
 
 
 if __name__ == "__main__":

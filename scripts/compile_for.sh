@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 venv=$root/.venv-compilers NFNETS_EXTRAS=[compilers]
 build_environment
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost
+export ALLOW_MULTIPLE_LIBTPU_LOAD=1
 exec "$venv/bin/python" "$root/scripts/compile_for.py" "$@"

@@ -1,0 +1,38 @@
+"""The train step compiles for accelerators that are not here."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "compile_for.sh"
+
+
+def _plan(*arguments):
+  """The cells of the one row that is printed."""
+  command = [SCRIPT, "--model=nfnet_tiny", "--batch=8", *arguments]
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  result = subprocess.run(
+    command, capture_output=True, text=True, env=environment
+  )
+  assert result.returncode == 0, result.stderr
+  row = result.stdout.splitlines()[-1]
+  return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.compilers
+def test_packed_parameters_are_fewer_kernels():
+  *_, kernels, moved, _, _ = _plan("--device=h100")
+  *_, unpacked, _, _, _ = _plan("--device=h100", "--no-packed")
+  assert 100 < int(kernels) < 0.8 * int(unpacked)
+  assert float(moved) > 0
+
+
+@pytest.mark.compilers
+def test_a_step_for_four_chips_of_a_tpu():
+  device, *_, kernels, moved, cycles, _ = _plan(
+    "--device=v5e", "--num_devices=4"
+  )
+  assert (device, kernels, moved) == ("v5e", "", "")
+  assert float(cycles) > 0
