@@ -11,6 +11,7 @@ from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
 
 from nfnets import agc, models
 from nfnets.errors import InputError
+from nfnets.models import packed
 from nfnets.models import plan as plans
 from nfnets.models.network import Drawn, Execution, NFBlock
 
@@ -351,7 +352,7 @@ def _loss_and_gradient(**execution):
   [
     ("nfnet_tiny", SMALL | {"depth": (3, 4)}),
     ("nf_regnet_b0", {"depth": (3, 1), "width": (16, 32)}),
-    ("nfnet_tiny", SMALL | {"depth": (2, 2), "attention": "eca"}),
+    ("nfnet_tiny", SMALL | {"depth": (3, 3), "attention": "eca"}),
   ],
 )
 def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
@@ -392,6 +393,16 @@ def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
     ),
     model.unstack(grads),
     expected_grads,
+  )
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 1, 1, 8), (1, 1, 8, 1)])
+def test_units_of_packed_kernels_are_those_of_published_ones(shape):
+  kernel = np.random.default_rng(0).standard_normal(shape, np.float32)
+  turned = kernel.transpose(3, 0, 1, 2)
+  norm = agc.unitwise_norm(turned, packed.unit_axes("conv", turned))
+  np.testing.assert_allclose(
+    norm.ravel(), agc.unitwise_norm(kernel).ravel(), rtol=1e-6
   )
 
 

@@ -153,6 +153,41 @@ def test_other_arrays_are_trained_alike(execution, accumulate):
   )
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_frozen_parts_keep_their_weights(is_packed):
+  model = models.make("nfnet_tiny", 10, **SMALL, is_packed=is_packed)
+  is_frozen = lambda module: model.stage_of(module) in ("stem", "stage1")
+  optimizer = optim.make_optimizer(
+    0.1,
+    stage_of=model.stage_of,
+    unit_axes=model.unit_axes,
+    is_frozen=is_frozen,
+  )
+  mesh = devices.make_mesh(1)
+  init = lambda: steps.init_state(model, optimizer, image_size=32, seed=0)
+  before = jax.device_get(devices.create(init, mesh))
+  step = steps.make_train_step(
+    model,
+    optimizer,
+    mesh,
+    normalization=IDENTITY,
+    label_smoothing=0.1,
+    ema_decay=0.9,
+    seed=0,
+    is_frozen=is_frozen,
+  )
+  (batch,) = _batches(0, 1, 8)
+  batch = devices.shard_batch(batch, mesh)
+  state, _ = step(devices.replicate(model.stack(before), mesh), batch)
+  after = model.unstack(jax.device_get(state))
+  for module, values in after.params.items():
+    for name, value in values.items():
+      is_same = np.array_equal(value, before.params[module][name])
+      assert is_same or not is_frozen(module), (module, name)
+      if name == "w" and module.endswith("linear"):
+        assert not is_same or is_frozen(module)
+
+
 def _primitives(jaxpr, in_loop=False):
   """(name, whether it is inside of a loop) of every operation."""
   for equation in jaxpr.eqns:

@@ -1,10 +1,10 @@
 """Parameters in few arrays, which lie as they are used, for training on GPUs.
 
 A network has more vectors than kernels, and a GPU starts some programs for
-each, to compute next to nothing. So gains, biases and skip gains of one length
-in one part of the network are one array, in a module of that part. Kernels are
-[C_out, height, width, C_in], as cuDNN takes them: stored otherwise, XLA puts
-them in that order, and back, at every step, in float32
+each, which compute next to nothing. So gains, biases and skip gains of one
+length in one part of the network are one array, in a module of that part.
+Kernels are [C_out, height, width, C_in], as cuDNN takes them: stored otherwise,
+XLA puts them in that order, and back, at every step, in float32
 (experiments/accelerators.md).
 """
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfnets import agc
 from nfnets.models import plan as plans
 from nfnets.models.plan import Plan
 
@@ -83,7 +84,10 @@ def unit_axes(module: str, value: Any) -> tuple[int, ...] | None:
   """Axes that a unit of a packed array extends over; None: as unpacked."""
   if part_of(module):
     return tuple(range(1, value.ndim))
-  return (1, 2, 3) if value.ndim == 4 else None
+  if value.ndim != 4:
+    return None
+  published = agc.unit_axes(tuple(value.shape[i] for i in _LAST))
+  return tuple(i for i, axis in enumerate(_FIRST) if axis in published)
 
 
 def _groups(
