@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from benchmark_worker import Job, Prepared
+from jax.sharding import Mesh
 
 from nfnets import augment, devices, losses, models, optim, steps
 from nfnets.data.batch import Batch
@@ -103,8 +104,8 @@ def _gradient(job: Job) -> Prepared:
 def _step(job: Job) -> Prepared:
   """The train step as `nfnets train` runs it, without augmentation."""
   model = _make_model(job)
-  optimizer = _make_optimizer(model)
   mesh = devices.make_mesh(1)
+  optimizer, train_step = make_train_step(model, mesh, job.precision)
 
   def init():
     state = steps.init_state(model, optimizer, image_size=job.size, seed=0)
@@ -118,16 +119,6 @@ def _step(job: Job) -> Prepared:
   batch = devices.shard_batch(
     Batch(images, labels, share, partner_images=None, partner_labels=labels),
     mesh,
-  )
-  train_step = steps.make_train_step(
-    model,
-    optimizer,
-    mesh,
-    normalization=NORMALIZATION,
-    label_smoothing=0.1,
-    ema_decay=0.99999,
-    seed=0,
-    precision=job.precision,
   )
   compiled, facts = _compile(train_step, state, batch)
 
@@ -194,6 +185,24 @@ TASKS = {
 def _make_model(job: Job) -> models.Model:
   columns = {"depth": job.depth} if job.depth else {}
   return models.make(job.model, **columns, **OPTIONS.get(job.contestant, {}))
+
+
+def make_train_step(
+  model: models.Model, mesh: Mesh, precision: str
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+  """The step, without augmentation, and its optimiser."""
+  optimizer = _make_optimizer(model)
+  step = steps.make_train_step(
+    model,
+    optimizer,
+    mesh,
+    normalization=NORMALIZATION,
+    label_smoothing=0.1,
+    ema_decay=0.99999,
+    seed=0,
+    precision=precision,
+  )
+  return optimizer, step
 
 
 def _make_optimizer(model: models.Model) -> optax.GradientTransformation:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import benchmark_jax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nfnets import augment, devices, models, optim, steps
+from nfnets import devices, models, steps
 from nfnets.data.batch import Batch
 from nfnets.errors import InputError
 
@@ -105,23 +106,15 @@ def _train_step(
   mesh: Mesh, options: argparse.Namespace, name: str
 ) -> tuple[Any, tuple[Any, Any]]:
   """The function, and the shapes of a state and a batch."""
-  packed = {} if options.packed is None else {"is_packed": options.packed}
   model = models.make(
-    name, remat=options.remat, is_scanned=options.scan, **packed
+    name,
+    remat=options.remat,
+    is_scanned=options.scan,
+    is_packed=options.packed,
   )
   size = options.size or model.variant.train_size
-  optimizer = optim.make_optimizer(
-    0.1, stage_of=model.stage_of, unit_axes=model.unit_axes
-  )
-  train_step = steps.make_train_step(
-    model,
-    optimizer,
-    mesh,
-    normalization=augment.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    label_smoothing=0.1,
-    ema_decay=0.99999,
-    seed=0,
-    precision=options.precision,
+  optimizer, train_step = benchmark_jax.make_train_step(
+    model, mesh, options.precision
   )
   state = jax.eval_shape(
     lambda: steps.init_state(model, optimizer, image_size=size, seed=0)

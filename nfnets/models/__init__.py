@@ -92,11 +92,10 @@ class Model(NamedTuple):
         the modules of the network in it, such as the state of a training run.
         It comes back as it is if the network is neither.
     """
-    if self.execution.is_scanned:
-      return self._map_params(functools.partial(stacked.stack, self.plan), tree)
-    if self.execution.is_packed:
-      return self._map_params(functools.partial(packed.pack, self.plan), tree)
-    return tree
+    if not self.has_own_arrays:
+      return tree
+    stack = stacked.stack if self.execution.is_scanned else packed.pack
+    return self._map_params(functools.partial(stack, self.plan), tree)
 
   def unstack(self, tree: Any) -> Any:
     """What `stack` was given; with the published names."""
