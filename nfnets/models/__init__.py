@@ -257,7 +257,11 @@ def _make(
   plan = _FAMILIES[type(row)].plan(row)
 
   def forward(
-    images, is_training=False, return_metrics=False, return_features=False
+    images,
+    is_training=False,
+    return_metrics=False,
+    return_features=False,
+    execution=execution,
   ):
     return Network(plan, num_classes, execution)(
       images,
@@ -269,8 +273,11 @@ def _make(
   init = drawn_together(forward)
   published = hk.transform_with_state(forward).apply
 
-  def apply(params, *args, **options):
-    return published(model.unpack(params), *args, **options)
+  def apply(params, state, rng, images, *args, **options):
+    if packed.is_packed(params):
+      params = packed.standardize(plan, num_classes, params, images.dtype)
+      options["execution"] = execution._replace(is_folded=True)
+    return published(params, state, rng, images, *args, **options)
 
   model = Model(name, row, plan, num_classes, execution, init, apply)
   return model

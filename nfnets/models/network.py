@@ -246,13 +246,15 @@ class Network(hk.Module):
 def _rows(arrays: Any) -> list[Any]:
   """A tree of arrays as a list of trees, along the first axis.
 
-  By a loop: what is cut from an array by its index, or is a constant, XLA makes
-  a part of the operations that use it, so that they differ and each is compiled
-  apart.
+  On CPU by a loop: what is cut from an array by its index, or is a constant,
+  XLA makes a part of the operations that use it, so that they differ and each
+  is compiled apart. On a GPU each turn of a loop would copy all rows.
   """
-  arrays = jax.tree.map(jnp.asarray, arrays)
   (num,) = {len(array) for array in jax.tree.leaves(arrays)}
   row = lambda i: jax.tree.map(lambda array: array[i], arrays)
+  if jax.default_backend() != "cpu":
+    return [row(i) for i in range(num)]
+  arrays = jax.tree.map(jnp.asarray, arrays)
   rows = [jax.tree.map(jnp.zeros_like, row(0))] * num
   return jax.lax.fori_loop(0, num, lambda i, rows: [*rows[1:], row(i)], rows)
 

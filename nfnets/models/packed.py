@@ -1,11 +1,11 @@
 """Parameters in few arrays, which lie as they are used, for training on GPUs.
 
-A network has more vectors than kernels, and a GPU starts some programs for
-each, which compute next to nothing. So gains, biases and skip gains of one
-length in one part of the network are one array, in a module of that part.
-Kernels are [C_out, height, width, C_in], as cuDNN takes them: stored otherwise,
-XLA puts them in that order, and back, at every step, in float32
-(experiments/accelerators.md).
+A GPU starts some programs for each array of a network, and most arrays are so
+small that these compute next to nothing. So in each part of the network
+kernels of one shape are one array, gains, biases and skip gains of one length
+another, in a module of that part. Kernels are [C_out, height, width, C_in], as
+cuDNN takes them: stored otherwise, XLA puts them in that order, and back, at
+every step, in float32 (experiments/accelerators.md).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets import agc
+from nfnets import agc, layers
 from nfnets.models import plan as plans
 from nfnets.models.plan import Plan
 
@@ -22,12 +22,12 @@ Params = dict[str, dict[str, Any]]  # Module -> name -> array.
 Place = tuple[str, str]  # Module and name.
 
 _MODULE = "packed_"  # And the part of the network.
-_TOGETHER = ("gain", "bias", "b", "skip_gain")
+_VECTORS = ("gain", "bias", "b", "skip_gain")
 _FIRST, _LAST = (3, 0, 1, 2), (1, 2, 3, 0)  # Where a kernel's outputs go.
 
 
 def part_of(module: str) -> str | None:
-  """The part of the network that a module of vectors is of."""
+  """The part of the network that a packed module is of."""
   name = module.rpartition("/")[2]
   return name.removeprefix(_MODULE) if name.startswith(_MODULE) else None
 
@@ -39,6 +39,10 @@ def is_packed(params: Params) -> bool:
 
 def pack(plan: Plan, params: Params) -> Params:
   """Parameters of NumPy arrays, with the published names -> packed."""
+  shapes = {
+    module: {name: value.shape for name, value in values.items()}
+    for module, values in params.items()
+  }
   params = {
     module: {
       name: value.transpose(_FIRST) if value.ndim == 4 else value
@@ -46,64 +50,86 @@ def pack(plan: Plan, params: Params) -> Params:
     }
     for module, values in params.items()
   }
-  shapes = {
-    module: {name: value.shape for name, value in values.items()}
-    for module, values in params.items()
-  }
   for (module, name), places in _groups(plan, shapes).items():
-    vectors = [params[old].pop(old_name) for old, old_name in places]
-    params.setdefault(module, {})[name] = np.stack(vectors)
+    arrays = [params[old].pop(old_name) for old, old_name in places]
+    params.setdefault(module, {})[name] = np.stack(arrays)
   return {module: values for module, values in params.items() if values}
 
 
 def unpack(plan: Plan, num_classes: int, params: Params) -> Params:
   """Back, with the published names.
 
-  In a program cuts have a gradient that is one operation for each group.
+  In a program cuts have a gradient that is one operation for each array.
   """
-  shapes = plans.shapes(plan, num_classes)
-  found: Params = {module: {} for module in shapes}
-  groups = _groups(plan, shapes)
-  for (module, name), places in groups.items():
-    rows = _rows(params[module][name])
-    for (old, old_name), row in zip(places, rows, strict=True):
-      found[old][old_name] = row
-  for module, values in params.items():
-    if part_of(module) is None:
-      for name, value in values.items():
-        found[module][name] = (
-          value.transpose(_LAST) if value.ndim == 4 else value
-        )
-  return {
-    module: {name: found[module][name] for name in names}
-    for module, names in shapes.items()
-  }
+  found: Params = {module: {} for module in plans.shapes(plan, num_classes)}
+  for array, places in _arrays(plan, num_classes, params):
+    for (module, name), row in zip(places, _rows(array), strict=True):
+      found[module][name] = row.transpose(_LAST) if row.ndim == 4 else row
+  return found
 
 
-def unit_axes(module: str, value: Any) -> tuple[int, ...] | None:
-  """Axes that a unit of a packed array extends over; None: as unpacked."""
-  if part_of(module):
-    return tuple(range(1, value.ndim))
-  if value.ndim != 4:
-    return None
-  published = agc.unit_axes(tuple(value.shape[i] for i in _LAST))
-  return tuple(i for i, axis in enumerate(_FIRST) if axis in published)
+def standardize(
+  plan: Plan, num_classes: int, params: Params, dtype: Any = None
+) -> Params:
+  """Packed parameters -> those of a folded network, with published names.
+
+  Kernels are standardised an array at a time, and cast to the dtype if there is
+  one, before they are cut apart.
+  """
+  found = unpack(plan, num_classes, params)
+  for array, places in _arrays(plan, num_classes, params):
+    if array.ndim == 5:
+      gains = jnp.stack([found[module].pop("gain") for module, _ in places])
+      run = jax.vmap(
+        lambda w, gain: layers.standardize(w.transpose(_LAST), gain)
+        .astype(dtype)
+        .transpose(_FIRST)
+      )
+      rows = _rows(run(array, gains))
+      for (module, name), row in zip(places, rows, strict=True):
+        found[module][name] = row.transpose(_LAST)
+  return found
+
+
+def unit_axes(module: str, value: Any) -> tuple[int, ...]:
+  """Axes that a unit of a packed array extends over."""
+  is_several = part_of(module) is not None
+  shape = value.shape[is_several:]
+  if len(shape) == 4:
+    published = agc.unit_axes(tuple(shape[axis] for axis in _LAST))
+    axes = [i for i, axis in enumerate(_FIRST) if axis in published]
+  else:
+    axes = agc.unit_axes(shape)
+  return tuple(axis + is_several for axis in axes)
 
 
 def _groups(
   plan: Plan, shapes: dict[str, dict[str, Any]]
 ) -> dict[Place, list[Place]]:
-  """Where vectors are put together, and which in turn; never one alone."""
+  """Which arrays are put together, and where; never one alone."""
   found: dict[Place, list[Place]] = {}
   for module, names in shapes.items():
     part = plans.stage_of(plan, module)
     for name, shape in names.items():
-      if name in _TOGETHER:
-        # Named so that the optimiser takes them for what they are.
-        together = "_".join(["gains_and_biases", *map(str, shape)])
-        place = f"{plan.name}/~/{_MODULE}{part}", together
-        found.setdefault(place, []).append((module, name))
+      # Named so that the optimiser takes them for what they are.
+      kind = "gains_and_biases" if name in _VECTORS else "weights"
+      place = f"{plan.name}/~/{_MODULE}{part}", "_".join([kind, *map(str, shape)])
+      found.setdefault(place, []).append((module, name))
   return {place: sorted(old) for place, old in found.items() if len(old) > 1}
+
+
+def _arrays(
+  plan: Plan, num_classes: int, params: Params
+) -> list[tuple[Any, list[Place]]]:
+  """Each array, with a first axis, and the published places of its rows."""
+  groups = _groups(plan, plans.shapes(plan, num_classes))
+  return [
+    (array, groups[module, name])
+    if part_of(module)
+    else (array[None], [(module, name)])
+    for module, values in params.items()
+    for name, array in values.items()
+  ]
 
 
 def _rows(array: Any) -> list[Any]:
