@@ -38,16 +38,26 @@ def gelu(x: jax.Array) -> jax.Array:
   written by hand, and computed in float32: a gradient keeps x alone, where that
   which JAX derives keeps the hyperbolic tangent too, as large as x.
   """
-  return jax.nn.gelu(_at_least_float32(x)).astype(x.dtype)
+  y = _at_least_float32(x)
+  if jax.default_backend() == "gpu":
+    # Fewer instructions there than with a hyperbolic tangent.
+    return (y * _gelu_gate(y)).astype(x.dtype)
+  return jax.nn.gelu(y).astype(x.dtype)
+
+
+_GELU_FACTOR, _GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
+
+
+def _gelu_gate(x: jax.Array) -> jax.Array:
+  return jax.nn.sigmoid(_GELU_FACTOR * (x + _GELU_CUBIC * x**3))
 
 
 @gelu.defjvp
 def _gelu_derivative(primals, tangents):
   (x,), (tangent,) = primals, tangents
-  factor, cubic = math.sqrt(8 / math.pi), 0.044715
   y = _at_least_float32(x)
-  s = jax.nn.sigmoid(factor * (y + cubic * y**3))
-  slope = s + y * factor * (1 + 3 * cubic * y**2) * s * (1 - s)
+  s = _gelu_gate(y)
+  slope = s + y * _GELU_FACTOR * (1 + 3 * _GELU_CUBIC * y**2) * s * (1 - s)
   return gelu(x), tangent * slope.astype(x.dtype)
 
 
@@ -343,7 +353,29 @@ def average_pool(x: jax.Array) -> jax.Array:
     y = _at_least_float32(x)
     rows = y[:, ::2] + y[:, 1::2]
     return ((rows[:, :, ::2] + rows[:, :, 1::2]) / 4).astype(x.dtype)
+  if is_even and jax.default_backend() == "gpu":
+    return _pool_of_even(x)
+  return _pool(x)
+
+
+def _pool(x: jax.Array) -> jax.Array:
   return hk.avg_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+
+
+@jax.custom_vjp
+def _pool_of_even(x: jax.Array) -> jax.Array:
+  """Its gradient is a broadcast, which a GPU does faster than XLA's own."""
+  return _pool(x)
+
+
+def _quarter_to_each(_, dy: jax.Array) -> tuple[jax.Array]:
+  num, height, width, channels = dy.shape
+  shape = (num, height, 2, width, 2, channels)
+  quarters = jnp.broadcast_to((dy / 4)[:, :, None, :, None], shape)
+  return (quarters.reshape(num, 2 * height, 2 * width, channels),)
+
+
+_pool_of_even.defvjp(lambda x: (_pool(x), None), _quarter_to_each)
 
 
 def max_pool(x: jax.Array, padding: str) -> jax.Array:

@@ -8,7 +8,9 @@ against timm's fastest setting.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
+import functools
 import itertools
 import signal
 import subprocess
@@ -45,6 +47,14 @@ def main() -> None:
 def say(text: str) -> None:
   """A line of progress."""
   print(text, file=sys.stderr, flush=True)
+
+
+class Place(NamedTuple):
+  """Of one contestant in what is measured."""
+
+  what: str
+  task: str
+  contestant: str
 
 
 class Entry(NamedTuple):
@@ -127,14 +137,14 @@ class Benchmark:
     )
     say(f"{self.machine['text']}; {self.machine['device']}; {versions}")
     frameworks = {"ours": "ours", "timm": "timm_nchw"}
-    self.measure(
-      "peak", "matmul", None, [frameworks[name] for name in self.commands]
-    )
-    for model, what in itertools.product(self.models, self.args.what):
-      for task in options.WHAT[what]:
-        measure = self.compile if what == "compile" else self.measure
-        measure(what, task, model, self.contestants(task))
-        self.save()
+    names = [frameworks[name] for name in self.commands]
+    self.measure(None, [Place("peak", "matmul", name) for name in names])
+    for model in self.models:
+      self._measure_tasks(model)
+      if "compile" in self.args.what:
+        for task in options.WHAT["compile"]:
+          self.compile("compile", task, model, self.contestants(task))
+          self.save()
     if "input" in self.args.what:
       self.input()
     data = self.save()
@@ -150,25 +160,27 @@ class Benchmark:
   def save(self) -> dict:
     """Writes the report of what there is."""
     settings = {k: v for k, v in vars(self.args).items() if k != "out"}
+    is_over = lambda row: row["seconds"] or "error" in row
     data = {
       "settings": settings,
       "machine": self.machine,
-      "rows": self.rows,
+      "rows": list(filter(is_over, self.rows)),
       "tables": self.tables,
     }
     return report.save(data, self.args.out)
 
-  def _job(self, task: str, contestant: str, model) -> Job:
+  def _job(self, row: dict, model) -> Job:
     size = self.args.size or (model.variant.train_size if model else 0)
     return Job(
-      task, contestant, model.name if model else "", self.args.batch, size,
-      self.args.precision, self.device, self.args.depth,
+      row["task"], row["contestant"], model.name if model else "",
+      self.args.batch, size, self.args.precision, self.device, self.args.depth,
     )  # fmt: skip
 
-  def _row(self, what: str, job: Job, model) -> dict:
-    row = {"what": what} | job._asdict() | {"seconds": []}
+  def _row(self, place: Place, model) -> dict:
+    row = place._asdict() | {"seconds": []}
+    row |= self._job(row, model)._asdict()
     if model:
-      row["macs"] = model.count_macs(job.size)
+      row["macs"] = model.count_macs(row["size"])
     self.rows.append(row)
     return row
 
@@ -176,35 +188,79 @@ class Benchmark:
     kind = "timm" if job.contestant.startswith("timm") else "ours"
     return Worker(self.commands[kind], job, **variables)
 
-  def measure(self, what: str, task: str, model, contestants: list[str]):
-    """Times the contestants in turn; on a TPU, which one process owns, each."""
-    groups = [contestants]
-    if self.device == "tpu":
-      groups = [[name] for name in contestants]
-    for group in groups:
-      with contextlib.ExitStack() as stack:
-        entries = [
-          entry
-          for name in group
-          if (entry := self._make_ready(what, task, model, name, stack))
-        ]
-        for i in range(self.args.rounds):
-          for entry in reversed(entries) if i % 2 else entries:
-            if "error" not in entry.row:
-              self._time(entry, i)
-        for entry in entries:
-          if "error" not in entry.row:
-            self._finish(entry)
+  def _measure_tasks(self, model):
+    """All but compilation: a task after the other, or all of them at once.
 
-  def _make_ready(
-    self, what: str, task: str, model, name: str, stack: contextlib.ExitStack
-  ) -> Entry | None:
-    """Starts a contestant and has it compile and run until it is warm."""
-    job = self._job(task, name, model)
-    row = self._row(what, job, model)
-    worker = stack.enter_context(contextlib.closing(self._start(job)))
+    On a TPU, which one process owns, a contestant after the other.
+    """
+    wanted = {
+      task: "train" if task in options.WHAT["train"] else what
+      for what in self.args.what
+      if what != "compile"
+      for task in options.WHAT[what]
+    }
+    tasks = [
+      [Place(what, task, name) for name in self.contestants(task)]
+      for task, what in wanted.items()
+    ]
+    places = list(itertools.chain.from_iterable(tasks))
+    if self.args.at_once:
+      tasks = [places]
+    if self.device == "tpu":
+      tasks = [[place] for place in places]
+    for group in tasks:
+      self.measure(model, group)
+
+  def measure(self, model, places: list[Place]):
+    """Makes contestants ready, then times those of each task in turn."""
+    rows = [self._row(place, model) for place in places]
+    with contextlib.ExitStack() as stack:
+      prepare = functools.partial(self._prepare, model=model, stack=stack)
+      workers = map(prepare, rows)
+      if self.args.at_once:
+        pool = stack.enter_context(
+          concurrent.futures.ThreadPoolExecutor(max(1, len(rows)))
+        )
+        workers = list(pool.map(prepare, rows))
+      entries = [
+        entry
+        for row, worker in zip(rows, workers, strict=True)
+        if worker and (entry := self._warm_up(row, worker))
+      ]
+      task_of = lambda entry: (entry.row["what"], entry.row["task"])
+      for _, group in itertools.groupby(entries, task_of):
+        self._time_in_turn(list(group))
+        self.save()
+
+  def _time_in_turn(self, entries: list[Entry]):
+    for i in range(self.args.rounds):
+      for entry in reversed(entries) if i % 2 else entries:
+        if "error" not in entry.row:
+          self._time(entry, i)
+    for entry in entries:
+      if "error" not in entry.row:
+        self._finish(entry)
+
+  def _prepare(
+    self, row: dict, model, stack: contextlib.ExitStack
+  ) -> Worker | None:
+    """Starts a contestant and has it compile."""
+    worker = stack.enter_context(
+      contextlib.closing(self._start(self._job(row, model)))
+    )
     try:
       row |= worker.ask("prepare")
+    except FailedError as error:
+      self._fail(row, error)
+      return None
+    compiled = row.get("compile_seconds")
+    if compiled and self.args.at_once:
+      say(f"{_name(row)} compiled in {compiled:.1f} s")
+    return worker
+
+  def _warm_up(self, row: dict, worker: Worker) -> Entry | None:
+    """Has a contestant run until it is warm."""
+    try:
       seconds = worker.ask("warm_up")["seconds"]
     except FailedError as error:
       self._fail(row, error)
@@ -244,17 +300,17 @@ class Benchmark:
 
   def compile(self, what: str, task: str, model, contestants: list[str]):
     """Times compilations, each in a fresh process without any cache."""
-    rows = {}
+    rows = []
     for name in contestants:
       is_eager = name.startswith("timm") and name not in options.COMPILED
       if not is_eager and name != "folded":
-        rows[name] = self._row(what, self._job(task, name, model), model)
+        rows.append(self._row(Place(what, task, name), model))
     rounds = min(self.args.rounds, MOST_COMPILATIONS)
-    for i, (name, row) in itertools.product(range(rounds), rows.items()):
+    for i, row in itertools.product(range(rounds), rows):
       if "error" in row:
         continue
       worker = self._start(
-        self._job(task, name, model), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1"
+        self._job(row, model), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1"
       )
       try:
         facts = worker.ask("prepare")

@@ -32,6 +32,9 @@ OPTIONS = {
   "remat_stages": {"remat": "stages"},
 }
 
+# Activations as a part of cuDNN's convolutions.
+FUSED = {"xla_gpu_experimental_enable_conv_fusion": True}
+
 # ImageNet's, in grey levels.
 NORMALIZATION = augment.Normalization(
   mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
@@ -70,7 +73,7 @@ def _forward(job: Job) -> Prepared:
   """Logits in evaluation."""
   model = _make_model(job)
   params = _init(model)
-  if job.contestant == "folded":
+  if job.contestant in ("folded", "fused"):
     model, params = models.fold(model, params)
     params = jax.device_put(params)
   images, _ = _float_images(job)
@@ -79,7 +82,9 @@ def _forward(job: Job) -> Prepared:
     outputs, _ = model.apply(params, {}, None, images)
     return outputs["logits"]
 
-  compiled, facts = _compile(jax.jit(forward), params, images)
+  options = FUSED if job.contestant == "fused" else None
+  function = jax.jit(forward, compiler_options=options)
+  compiled, facts = _compile(function, params, images)
   return _prepared(
     {"seconds": lambda: compiled(params, images)}, facts, compiled
   )
@@ -277,17 +282,22 @@ def _find_costliest(call: Callable[[], Any], compiled: Any) -> list[dict]:
         jax.block_until_ready(call())
     (path,) = Path(folder).rglob("*.xplane.pb")
     profile = jax.profiler.ProfileData.from_file(str(path))
+  # What a kernel computes, from the program's own annotations; the names of
+  # kernels have no dots.
+  sources = dict(
+    re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', compiled.as_text())
+  )
+  of_kernels = {re.sub(r"\W", "_", name): name for name in sources}
   seconds: Counter[str] = Counter()
   for plane in profile.planes:
     for line in plane.lines:
       for event in line.events:
         if name := dict(event.stats).get("hlo_op"):
+          # A graph of kernels is one operation: each by its own name.
+          name = of_kernels.get(event.name, name)
+          name = name if name in sources else event.name
           seconds[name] += event.duration_ns * 1e-9 / PROFILED_CALLS
   total = sum(seconds.values())
-  # What a kernel computes, from the program's own annotations.
-  sources = dict(
-    re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', compiled.as_text())
-  )
   return [
     {
       "kernel": name,

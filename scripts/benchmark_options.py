@@ -9,6 +9,8 @@ DESCRIPTION = "Speed of our networks beside timm's, on the device at hand."
 # What is measured, in tasks of the workers.
 WHAT = {
   "train": ("gradient", "step"),
+  "gradient": ("gradient",),
+  "step": ("step",),
   "infer": ("forward",),
   "compile": ("forward", "gradient"),
   "optimizer": ("update",),
@@ -21,6 +23,7 @@ NETWORK = {"forward", "gradient", "step"}
 CONTESTANTS = {
   "ours": NETWORK | {"update"},
   "folded": {"forward"},
+  "fused": {"forward"},
   "xla": NETWORK,
   "scanned": {"gradient", "step"},
   "remat_blocks": {"gradient", "step"},
@@ -31,7 +34,7 @@ CONTESTANTS = {
   "timm_channels_last_compiled": NETWORK,
 }
 # Only where they are asked for; timm_channels_last_compiled always on a GPU.
-OPTIONAL = ("scanned", "remat_blocks", "remat_stages")
+OPTIONAL = ("fused", "scanned", "remat_blocks", "remat_stages")
 COMPILED = ("timm_nchw_compiled", "timm_channels_last_compiled")
 
 BATCH = {"cpu": 4, "gpu": 128, "tpu": 32}
@@ -84,7 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     "--also",
     type=words,
     default=[],
-    help=f"more contestants, in training: any of {', '.join(OPTIONAL)}",
+    help=f"more contestants: any of {', '.join(OPTIONAL)}",
   )
   add(
     "--timm_compile", action="store_true",
@@ -93,6 +96,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   add(
     "--profile", action="store_true",
     help="also the ten costliest kernels of our train step",
+  )  # fmt: skip
+  add(
+    "--at_once", action="store_true",
+    help="contestants of all tasks compile at the same time: for machines with "
+    "many cores, and memory for all",
   )  # fmt: skip
   add(
     "--as_found", action="store_true",
@@ -114,7 +122,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given = getattr(args, option)
     if given is not None and not given > 0:
       parser.error(f"--{option}={given} is not positive")
-  if args.profile and "train" not in args.what:
+  if args.profile and not {"train", "step"} & {*args.what}:
     parser.error("--profile is of a train step: add train to --what")
   return args
 

@@ -90,7 +90,6 @@ def compile_step(device: str, options: argparse.Namespace, name: str) -> Plan:
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   text = compiled.as_text()
-  if os.environ.get("DUMP"): open(os.environ["DUMP"], "w").write(text)
   moved, kernels = _count(text)
   cycles = re.findall(r'"estimated_cycles":"(\d+)"', text)
   return Plan(

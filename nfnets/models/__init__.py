@@ -275,12 +275,12 @@ def _make(
 
   def apply(params, state, rng, images, *args, **options):
     if packed.is_packed(params):
+      # All kernels of an array are standardised at once.
       params = packed.standardize(plan, num_classes, params, images.dtype)
       options["execution"] = execution._replace(is_folded=True)
     return published(params, state, rng, images, *args, **options)
 
-  model = Model(name, row, plan, num_classes, execution, init, apply)
-  return model
+  return Model(name, row, plan, num_classes, execution, init, apply)
 
 
 def folded(model: Model) -> Model:

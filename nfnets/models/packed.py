@@ -80,15 +80,14 @@ def standardize(
   for array, places in _arrays(plan, num_classes, params):
     if array.ndim == 5:
       gains = jnp.stack([found[module].pop("gain") for module, _ in places])
-      run = jax.vmap(
-        lambda w, gain: layers.standardize(w.transpose(_LAST), gain)
-        .astype(dtype)
-        .transpose(_FIRST)
-      )
-      rows = _rows(run(array, gains))
-      for (module, name), row in zip(places, rows, strict=True):
+      kernels = jax.vmap(_standardized)(array, gains).astype(dtype)
+      for (module, name), row in zip(places, _rows(kernels), strict=True):
         found[module][name] = row.transpose(_LAST)
   return found
+
+
+def _standardized(kernel: jax.Array, gain: jax.Array) -> jax.Array:
+  return layers.standardize(kernel.transpose(_LAST), gain).transpose(_FIRST)
 
 
 def unit_axes(module: str, value: Any) -> tuple[int, ...]:
@@ -113,7 +112,8 @@ def _groups(
     for name, shape in names.items():
       # Named so that the optimiser takes them for what they are.
       kind = "gains_and_biases" if name in _VECTORS else "weights"
-      place = f"{plan.name}/~/{_MODULE}{part}", "_".join([kind, *map(str, shape)])
+      together = "_".join([kind, *map(str, shape)])
+      place = f"{plan.name}/~/{_MODULE}{part}", together
       found.setdefault(place, []).append((module, name))
   return {place: sorted(old) for place, old in found.items() if len(old) > 1}
 
