@@ -6,6 +6,7 @@ other devices appear in one line, the mean.
 Shapes: N images per device, K classes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -152,7 +153,7 @@ def make_train_step(
     if accumulate == 1:
       return grad_fn(params, train_state.state, batch, key)
     if is_shared:  # Standardised once a step, in both directions.
-      standardize = lambda params: models.standardize(model.unpack(params))
+      standardize = functools.partial(models.standardize, model)
       params, pull_back = jax.vjp(standardize, params)
 
     def micro_step(carry, inputs):

@@ -32,9 +32,6 @@ OPTIONS = {
   "remat_stages": {"remat": "stages"},
 }
 
-# Activations as a part of cuDNN's convolutions.
-FUSED = {"xla_gpu_experimental_enable_conv_fusion": True}
-
 # ImageNet's, in grey levels.
 NORMALIZATION = augment.Normalization(
   mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
@@ -73,7 +70,7 @@ def _forward(job: Job) -> Prepared:
   """Logits in evaluation."""
   model = _make_model(job)
   params = _init(model)
-  if job.contestant in ("folded", "fused"):
+  if job.contestant == "folded":
     model, params = models.fold(model, params)
     params = jax.device_put(params)
   images, _ = _float_images(job)
@@ -82,9 +79,7 @@ def _forward(job: Job) -> Prepared:
     outputs, _ = model.apply(params, {}, None, images)
     return outputs["logits"]
 
-  options = FUSED if job.contestant == "fused" else None
-  function = jax.jit(forward, compiler_options=options)
-  compiled, facts = _compile(function, params, images)
+  compiled, facts = _compile(jax.jit(forward), params, images)
   return _prepared(
     {"seconds": lambda: compiled(params, images)}, facts, compiled
   )

@@ -23,7 +23,6 @@ NETWORK = {"forward", "gradient", "step"}
 CONTESTANTS = {
   "ours": NETWORK | {"update"},
   "folded": {"forward"},
-  "fused": {"forward"},
   "xla": NETWORK,
   "scanned": {"gradient", "step"},
   "remat_blocks": {"gradient", "step"},
@@ -34,7 +33,7 @@ CONTESTANTS = {
   "timm_channels_last_compiled": NETWORK,
 }
 # Only where they are asked for; timm_channels_last_compiled always on a GPU.
-OPTIONAL = ("fused", "scanned", "remat_blocks", "remat_stages")
+OPTIONAL = ("scanned", "remat_blocks", "remat_stages")
 COMPILED = ("timm_nchw_compiled", "timm_channels_last_compiled")
 
 BATCH = {"cpu": 4, "gpu": 128, "tpu": 32}
@@ -87,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     "--also",
     type=words,
     default=[],
-    help=f"more contestants: any of {', '.join(OPTIONAL)}",
+    help=f"more contestants, in training: any of {', '.join(OPTIONAL)}",
   )
   add(
     "--timm_compile", action="store_true",

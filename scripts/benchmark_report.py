@@ -12,7 +12,6 @@ from pathlib import Path
 TEXTS = {
   "ours": "ours",
   "folded": "ours, folded",
-  "fused": "ours, folded, fused",
   "xla": "plain XLA",
   "scanned": "ours, scanned",
   "remat_blocks": "ours, blocks recomputed",

@@ -82,7 +82,7 @@ def test_training(environment, tmp_path):
 
 
 def test_inference(environment, tmp_path):
-  _, rows = _run_ours(environment, tmp_path, "--what=infer")
+  _, rows = _run_ours(environment, tmp_path, "--what=infer", "--at_once")
   assert set(rows) == {
     ("matmul", "ours"),
     ("forward", "ours"),

@@ -322,12 +322,19 @@ def test_training_uses_its_randomness_and_evaluation_none():
 )
 def test_all_ways_to_compute_a_network_are_equal(execution):
   """Losses and gradients in training, with dropped branches and features."""
+  _assert_all_close(
+    _loss_and_gradient(**execution), _loss_and_gradient(convolution="xla")
+  )
+
+
+def _assert_all_close(found, expected):
+  """Trees; relative to the largest of each array, if it is above 1."""
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
       a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max())
     ),
-    _loss_and_gradient(**execution),
-    _loss_and_gradient(convolution="xla"),
+    found,
+    expected,
   )
 
 
@@ -344,6 +351,13 @@ def _loss_and_gradient(**execution):
     return jnp.sum(outputs["logits"] ** 2)
 
   return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_as_it_is_computed_on_gpus_it_is_the_same(monkeypatch):
+  """What is written otherwise for them, run here."""
+  expected = _loss_and_gradient(convolution="xla")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  _assert_all_close(_loss_and_gradient.__wrapped__(), expected)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +393,10 @@ def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
   )
   np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
+  if execution == "is_packed":
+    folded, expected = (models.fold(model, p)[1] for p in (stacked, params))
+    jax.tree.map(np.testing.assert_array_equal, folded, expected)
+
   images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
 
   @jax.jit
@@ -390,13 +408,7 @@ def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
   (_, logits), grads = jax.device_get(run(stacked))
   (_, expected), expected_grads = run(params)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max())
-    ),
-    model.unstack(grads),
-    expected_grads,
-  )
+  _assert_all_close(model.unstack(grads), expected_grads)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 1, 1, 8), (1, 1, 8, 1)])

@@ -289,8 +289,10 @@ def folded(model: Model) -> Model:
   return _make(model.name, model.variant, model.num_classes, execution)
 
 
-def standardize(params: hk.Params) -> hk.Params:
+def standardize(model: Model, params: hk.Params) -> hk.Params:
   """Weights for `folded`, as a function that has a gradient."""
+  if packed.is_packed(params):
+    return packed.standardize(model.plan, model.num_classes, params)
 
   def kernel_of(w, gain):
     is_stacked = w.ndim > 4
@@ -311,6 +313,7 @@ def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
     kernel that is convolved and there is no `gain`. Equal up to the rounding of
     float32.
   """
+  params = model.unpack(params)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return folded(model), _fold(params, layers.folded_kernel, pool.map)
 

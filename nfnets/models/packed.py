@@ -69,12 +69,11 @@ def unpack(plan: Plan, num_classes: int, params: Params) -> Params:
 
 
 def standardize(
-  plan: Plan, num_classes: int, params: Params, dtype: Any = None
+  plan: Plan, num_classes: int, params: Params, dtype: Any = jnp.float32
 ) -> Params:
   """Packed parameters -> those of a folded network, with published names.
 
-  Kernels are standardised an array at a time, and cast to the dtype if there is
-  one, before they are cut apart.
+  Kernels are standardised, and cast to the dtype, before they are cut apart.
   """
   found = unpack(plan, num_classes, params)
   for array, places in _arrays(plan, num_classes, params):
