@@ -184,7 +184,7 @@ def _speed_table(group: list[dict]) -> str:
       TEXTS[row["contestant"]],
       seconds(row["median_seconds"]),
       _range(row["seconds"]),
-      f"{rate:.3g}" if rate < 100 else f"{rate:.0f}",
+      _rate(rate),
       *_ratio(row),
       f"{row['mfu']:.1%}" if "mfu" in row else "",
       f"{row['bytes'] / 2**30:.2f} GiB" if "bytes" in row else "",
@@ -284,6 +284,11 @@ def flops(value: float) -> str:
   return f"{value / unit:.3g} {name}"
 
 
+def _rate(value: float) -> str:
+  """Three digits at least, but no power of ten."""
+  return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def _table(lines: list[list[str]]) -> str:
   """Markdown whose columns also stand below each other; none is empty."""
   columns = zip(*lines, strict=True)
@@ -351,7 +356,7 @@ def _draw(axis, panel: list[dict]) -> None:
   )  # fmt: skip
   longest = max(rate["max"] for rate in rates)
   for place, row, rate in zip(places, panel, rates, strict=True):
-    text = f"{rate['median']:.3g}"
+    text = _rate(rate["median"])
     if "ratio" in row and row["baseline"] != row["contestant"]:
       text += f"   {row['ratio']['median']:.2f} x"
     axis.text(

@@ -189,26 +189,78 @@ def _silent() -> Iterator[None]:
       os.close(kept)
 
 
+_OPERATION = re.compile(
+  r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)"
+)
+
+
 def _count(text: str) -> tuple[collections.Counter, int]:
   """Of a program for a GPU: bytes by kind of kernel, and how many these are."""
-  entry = text[text.index("\nENTRY") :]
-  entry = entry[: entry.index("\n}")]
+  bodies = {
+    name: body.splitlines()
+    for name, body in re.findall(
+      r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{$(.*?)^\}", text, re.M | re.S
+    )
+  }
+  entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.M)[1]
+  return _count_in(bodies, entry)
+
+
+def _count_in(
+  bodies: dict[str, list[str]], name: str
+) -> tuple[collections.Counter, int]:
+  """The same of one part of a program, with the loops in it.
+
+  What a loop updates in place counts as a whole at every turn.
+  """
   shapes: dict[str, int] = {}
   moved: collections.Counter = collections.Counter()
   kernels = 0
-  pattern = r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)"
-  for line in entry.splitlines():
-    if not (match := re.match(pattern, line)):
+  for line in bodies[name]:
+    if not (match := _OPERATION.match(line)):
       continue
-    name, result, operation, rest = match.groups()
-    shapes[name] = _size(result)
+    result, shape, operation, rest = match.groups()
+    shapes[result] = _size(shape)
     if operation in _FREE:
       continue
+    if operation == "while":
+      turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+      turns = int(turns[1]) if turns else 1
+      body = re.search(r"body=%([\w.\-]+)", line)[1]
+      moved_by_one, kernels_of_one = _count_in(bodies, body)
+      for kind, size in moved_by_one.items():
+        moved[kind] += turns * size
+      kernels += turns * kernels_of_one
+      continue
     operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-    kind = re.sub(r"[.\d]+$", "", name)
-    moved[kind] += shapes[name] + sum(shapes.get(x, 0) for x in operands)
+    sizes = [shapes.get(operand, 0) for operand in operands]
+    if called := re.search(r"calls=%([\w.\-]+)", line):
+      cuts = _cuts(bodies[called[1]])
+      sizes = [cuts.get(i, size) for i, size in enumerate(sizes)]
+    moved[re.sub(r"[.\d]+$", "", result)] += shapes[result] + sum(sizes)
     kernels += 1
   return moved, kernels
+
+
+def _cuts(body: list[str]) -> dict[int, int]:
+  """Bytes that a kernel reads of those operands that it takes cuts of alone."""
+  found: dict[int, int] = {}
+  numbers: dict[str, int] = {}
+  whole: set[int] = set()
+  for line in body:
+    if not (match := _OPERATION.match(line)):
+      continue
+    result, shape, operation, rest = match.groups()
+    if operation == "parameter":
+      numbers[result] = int(rest.split(")")[0])
+      continue
+    for operand in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]):
+      if operand in numbers and operation in ("slice", "dynamic-slice"):
+        number = numbers[operand]
+        found[number] = found.get(number, 0) + _size(shape)
+      elif operand in numbers:
+        whole.add(numbers[operand])
+  return {i: size for i, size in found.items() if i not in whole}
 
 
 def _size(shape: str) -> int:
