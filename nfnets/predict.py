@@ -50,7 +50,8 @@ class Classifier:
 
   Attributes:
     card: What the weights are.
-    model, params: The network with standardised weights (`models.fold`).
+    model, params: The network with standardised weights (`models.fold`), which
+      `model.apply` takes.
 
   Raises:
     InputError: when there are no such weights, or nobody knows their classes,
@@ -61,7 +62,7 @@ class Classifier:
     self._dtype = steps.compute_dtype(precision)
     params, self.card = pretrained.load_with_known_card(source)
     self.model, params = models.fold(self.card.make_model(), params)
-    self.params = jax.device_put(params)
+    self.params = jax.device_put(self.model.lay_out(params, self._dtype))
     self._probabilities = jax.jit(self._forward)
 
   def _forward(self, params, batch: jax.Array) -> jax.Array:

@@ -69,11 +69,11 @@ def _matmul(job: Job) -> Prepared:
 def _forward(job: Job) -> Prepared:
   """Logits in evaluation."""
   model = _make_model(job)
+  images, _ = _float_images(job)
   params = _init(model)
   if job.contestant == "folded":
-    model, params = models.fold(model, params)
-    params = jax.device_put(params)
-  images, _ = _float_images(job)
+    model, params = models.fold(model, jax.device_get(params))
+    params = jax.device_put(model.lay_out(params, images.dtype))
 
   def forward(params, images):
     outputs, _ = model.apply(params, {}, None, images)

@@ -237,9 +237,12 @@ def test_folded_weights_give_the_same_outputs(name, overrides):
     apply = lambda params: model.apply(params, {}, None, images)[0]["logits"]
     return jax.jit(apply)(params)
 
-  np.testing.assert_allclose(
-    logits(folded, weights), logits(model, params), rtol=0, atol=1e-5
-  )
+  found = logits(folded, weights)
+  np.testing.assert_allclose(found, logits(model, params), rtol=0, atol=1e-5)
+  assert folded.lay_out(weights, np.float32) is weights
+  for_gpus = models.folded(models.make(name, 10, **overrides, is_packed=True))
+  laid_out = for_gpus.lay_out(weights, np.float32)
+  np.testing.assert_allclose(logits(for_gpus, laid_out), found, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

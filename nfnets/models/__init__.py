@@ -48,7 +48,8 @@ class Model(NamedTuple):
       [N, H, W, 3] float32 or bfloat16, normalised; `outputs["logits"]`
       [N, num_classes] float32, `outputs["pool"]` [N, features] float32. `rng`
       is needed in training only. It also takes the parameters that `stack`
-      returns (if they are of a loop, not with `return_metrics`).
+      returns (if they are of a loop, not with `return_metrics`), and what
+      `lay_out` does.
   """
 
   name: str
@@ -103,6 +104,18 @@ class Model(NamedTuple):
       unstack = functools.partial(stacked.unstack, self.plan)
       return self._map_params(unstack, tree)
     return self._map_params(self.unpack, tree)
+
+  def lay_out(self, params: hk.Params, dtype: Any) -> Any:
+    """Weights of a folded network as a GPU reads them; elsewhere as they are.
+
+    Args:
+      params: Of NumPy arrays, from `fold`.
+      dtype: Of the images that they are for.
+
+    Returns:
+      What `apply` takes in place of parameters.
+    """
+    return packed.turn(params, dtype) if self.execution.is_packed else params
 
   def unpack(self, params: hk.Params) -> hk.Params:
     """Of parameters, packed or not; a function that has a gradient."""
@@ -274,7 +287,9 @@ def _make(
   published = hk.transform_with_state(forward).apply
 
   def apply(params, state, rng, images, *args, **options):
-    if packed.is_packed(params):
+    if isinstance(params, packed.Turned):
+      params = packed.turn_back(params)
+    elif packed.is_packed(params):
       # All kernels of an array are standardised at once.
       params = packed.standardize(plan, num_classes, params, images.dtype)
       options["execution"] = execution._replace(is_folded=True)

@@ -5,10 +5,11 @@ small that these compute next to nothing. So in each part of the network
 kernels of one shape are one array, gains, biases and skip gains of one length
 another, in a module of that part. Kernels are [C_out, height, width, C_in], as
 cuDNN takes them: stored otherwise, XLA puts them in that order, and back, at
-every step, in float32 (experiments/accelerators.md).
+every step, in float32 (experiments/accelerators.md). For evaluation alone, with
+weights that were standardised before, arrays stay apart.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,25 @@ def standardize(
 
 def _standardized(kernel: jax.Array, gain: jax.Array) -> jax.Array:
   return layers.standardize(kernel.transpose(_LAST), gain).transpose(_FIRST)
+
+
+class Turned(NamedTuple):
+  """Weights of a folded network whose kernels are as cuDNN takes them."""
+
+  params: Params
+
+
+def turn(params: Params, dtype: Any) -> Turned:
+  """Folded weights of NumPy arrays, with the published names; kernels cast."""
+  turned = lambda x: x.transpose(_FIRST).astype(dtype) if x.ndim == 4 else x
+  return Turned(jax.tree.map(turned, params))
+
+
+def turn_back(turned: Turned) -> Params:
+  """With kernels as they are published; nothing is moved in a program."""
+  return jax.tree.map(
+    lambda x: x.transpose(_LAST) if x.ndim == 4 else x, turned.params
+  )
 
 
 def unit_axes(module: str, value: Any) -> tuple[int, ...]:
