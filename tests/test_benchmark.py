@@ -262,7 +262,7 @@ def _processes_with(value):
 @pytest.mark.parametrize(
   ("option", "text"),
   [
-    ("--what=train,speed", "--what=speed: use some of train, infer, compile"),
+    ("--what=train,speed", "--what=speed: use some of train, gradient, step"),
     ("--skip=torch", "--skip=torch: use some of timm, ours, folded"),
     ("--rounds=0", "--rounds=0 is not positive"),
     ("--model=nfnet_f9", "nfnet_f9"),

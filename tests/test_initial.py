@@ -47,7 +47,9 @@ def test_a_draw_has_its_distribution_alone_and_together(name):
     assert abs(correlation) < 0.02
 
 
-@pytest.mark.parametrize("name", ["nfnet_f0", "eca_nfnet_l0"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("nfnet_f0", marks=pytest.mark.slow), "eca_nfnet_l0"]
+)
 def test_a_network_is_drawn_as_by_haiku(name):
   """Every array: its shape, its deviation, constants to the bit."""
   overrides = {k: v for k, v in SMALL.items() if k != "stem_width"}

@@ -367,7 +367,10 @@ def test_as_it_is_computed_on_gpus_it_is_the_same(monkeypatch):
   "name, row, execution",
   [
     ("nfnet_tiny", SMALL | {"depth": (3, 4)}, "is_scanned"),
-    ("nf_regnet_b0", {"depth": (3, 1), "width": (16, 32)}, "is_scanned"),
+    pytest.param(
+      *("nf_regnet_b0", {"depth": (3, 1), "width": (16, 32)}, "is_scanned"),
+      marks=pytest.mark.slow,
+    ),
     ("nf_regnet_b0", {"width": (16, 32), "depth": (1, 1)}, "is_packed"),
     ("nfnet_tiny", SMALL | {"attention": "eca"}, "is_packed"),
   ],

@@ -119,7 +119,9 @@ def _assert_same_run(run, other):
       )
 
 
-@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize(
+  "num_devices", [2, pytest.param(4, marks=pytest.mark.slow), 8]
+)
 def test_n_devices_equal_one_device(num_devices):
   run = _run(SMALL_MODEL, num_devices, _batches(0, 4, 16))
   _assert_same_run(run, _one_device())
@@ -137,8 +139,15 @@ def _in_turn():
   return _run(models.make("nfnet_tiny", 10, **DEEP), 1, _batches(0, 4, 16))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("execution", ["is_scanned", "is_packed"])
+@pytest.mark.parametrize(
+  ("execution", "accumulate"),
+  [
+    ("is_scanned", 1),
+    pytest.param("is_scanned", 2, marks=pytest.mark.slow),
+    ("is_packed", 1),
+    ("is_packed", 2),
+  ],
+)
 def test_other_arrays_are_trained_alike(execution, accumulate):
   """Of parameters put together each has its own units to be clipped."""
   model = models.make("nfnet_tiny", 10, **DEEP, **{execution: True})

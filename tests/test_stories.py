@@ -572,7 +572,9 @@ def test_workdir_of_another_run_is_left_alone(
   assert _snapshot(finished) == before
 
 
-@pytest.mark.parametrize("item", ["weights", "optimizer"])
+@pytest.mark.parametrize(
+  "item", ["weights", pytest.param("optimizer", marks=pytest.mark.slow)]
+)
 def test_checkpoint_cut_short(copy, item, nfnets):
   newest = copy / "checkpoints" / "44"
   largest = max(
