@@ -30,6 +30,9 @@ from nfnets.initial import Draw
 Activation = Callable[[jax.Array], jax.Array]
 
 
+_GELU_FACTOR, _GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
+
+
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
   """GELU in its tanh approximation: x s(u), s the sigmoid.
@@ -43,9 +46,6 @@ def gelu(x: jax.Array) -> jax.Array:
     # Fewer instructions there than with a hyperbolic tangent.
     return (y * _gelu_gate(y)).astype(x.dtype)
   return jax.nn.gelu(y).astype(x.dtype)
-
-
-_GELU_FACTOR, _GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
 
 
 def _gelu_gate(x: jax.Array) -> jax.Array:
