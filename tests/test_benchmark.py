@@ -70,6 +70,7 @@ def _run_ours(environment, out, *options):
   return result, rows
 
 
+@pytest.mark.slow
 def test_training(environment, tmp_path):
   result, rows = _run_ours(environment, tmp_path, "--what=train", "--profile")
   assert {name for name, _ in rows} == {"matmul", "gradient", "step"}

@@ -88,6 +88,7 @@ def test_arrays_that_dill_wrote_are_read(tmp_path, monkeypatch):
   np.testing.assert_array_equal(found["net"]["w"], value)
 
 
+@pytest.mark.slow
 def test_the_whole_tree_of_f0(tmp_path):
   """The released file's content in kind: applied with no renaming."""
   model = models.make("nfnet_f0")
