@@ -1,8 +1,8 @@
 """Compiles the train step for accelerators that are not at hand.
 
 XLA's compilers for GPUs and TPUs run on any x86-64 machine with Linux. What
-they plan is exact for memory, and for a GPU's kernels and the bytes that these
-read and write; how long it takes only the device can tell.
+they plan is the memory, and a GPU's kernels with the bytes that these read and
+write; how long it takes only the device can tell.
 """
 
 import argparse
