@@ -169,22 +169,21 @@ class Benchmark:
     }
     return report.save(data, self.args.out)
 
-  def _job(self, row: dict, model) -> Job:
+  def _row(self, place: Place, model) -> dict:
+    """Where the figures of a contestant go, beginning with its job."""
     size = self.args.size or (model.variant.train_size if model else 0)
-    return Job(
-      row["task"], row["contestant"], model.name if model else "",
+    job = Job(
+      place.task, place.contestant, model.name if model else "",
       self.args.batch, size, self.args.precision, self.device, self.args.depth,
     )  # fmt: skip
-
-  def _row(self, place: Place, model) -> dict:
-    row = place._asdict() | {"seconds": []}
-    row |= self._job(row, model)._asdict()
+    row = {"what": place.what} | job._asdict() | {"seconds": []}
     if model:
-      row["macs"] = model.count_macs(row["size"])
+      row["macs"] = model.count_macs(size)
     self.rows.append(row)
     return row
 
-  def _start(self, job: Job, **variables: str) -> Worker:
+  def _start(self, row: dict, **variables: str) -> Worker:
+    job = Job(**{field: row[field] for field in Job._fields})
     kind = "timm" if job.contestant.startswith("timm") else "ours"
     return Worker(self.commands[kind], job, **variables)
 
@@ -215,7 +214,7 @@ class Benchmark:
     """Makes contestants ready, then times those of each task in turn."""
     rows = [self._row(place, model) for place in places]
     with contextlib.ExitStack() as stack:
-      prepare = functools.partial(self._prepare, model=model, stack=stack)
+      prepare = functools.partial(self._prepare, stack=stack)
       workers = map(prepare, rows)
       if self.args.at_once:
         pool = stack.enter_context(
@@ -241,13 +240,9 @@ class Benchmark:
       if "error" not in entry.row:
         self._finish(entry)
 
-  def _prepare(
-    self, row: dict, model, stack: contextlib.ExitStack
-  ) -> Worker | None:
+  def _prepare(self, row: dict, stack: contextlib.ExitStack) -> Worker | None:
     """Starts a contestant and has it compile."""
-    worker = stack.enter_context(
-      contextlib.closing(self._start(self._job(row, model)))
-    )
+    worker = stack.enter_context(contextlib.closing(self._start(row)))
     try:
       row |= worker.ask("prepare")
     except FailedError as error:
@@ -309,9 +304,7 @@ class Benchmark:
     for i, row in itertools.product(range(rounds), rows):
       if "error" in row:
         continue
-      worker = self._start(
-        self._job(row, model), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1"
-      )
+      worker = self._start(row, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
       try:
         facts = worker.ask("prepare")
       except FailedError as error:

@@ -64,8 +64,7 @@ def unpack(plan: Plan, num_classes: int, params: Params) -> Params:
   """
   found: Params = {module: {} for module in plans.shapes(plan, num_classes)}
   for array, places in _arrays(plan, num_classes, params):
-    for (module, name), row in zip(places, _rows(array), strict=True):
-      found[module][name] = row.transpose(_LAST) if row.ndim == 4 else row
+    _take_apart(array, places, found)
   return found
 
 
@@ -76,14 +75,20 @@ def standardize(
 
   Kernels are standardised, and cast to the dtype, before they are cut apart.
   """
-  found = unpack(plan, num_classes, params)
-  for array, places in _arrays(plan, num_classes, params):
-    if array.ndim == 5:
+  found: Params = {module: {} for module in plans.shapes(plan, num_classes)}
+  arrays = _arrays(plan, num_classes, params)
+  for array, places in sorted(arrays, key=lambda pair: pair[0].ndim):
+    if array.ndim == 5:  # Kernels; their gains have been found before.
       gains = jnp.stack([found[module].pop("gain") for module, _ in places])
-      kernels = jax.vmap(_standardized)(array, gains).astype(dtype)
-      for (module, name), row in zip(places, _rows(kernels), strict=True):
-        found[module][name] = row.transpose(_LAST)
+      array = jax.vmap(_standardized)(array, gains).astype(dtype)
+    _take_apart(array, places, found)
   return found
+
+
+def _take_apart(array: Any, places: list[Place], found: Params) -> None:
+  """Puts the rows of an array, as they are published, in their places."""
+  for (module, name), row in zip(places, _rows(array), strict=True):
+    found[module][name] = row.transpose(_LAST) if row.ndim == 4 else row
 
 
 def _standardized(kernel: jax.Array, gain: jax.Array) -> jax.Array:
