@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -123,6 +124,7 @@ class Benchmark:
       task,
       device=self.device,
       also=args.also,
+      xla_flags=args.xla_flags,
       timm_compile=args.timm_compile,
       skip=args.skip,
     )
@@ -185,6 +187,9 @@ class Benchmark:
   def _start(self, row: dict, **variables: str) -> Worker:
     job = Job(**{field: row[field] for field in Job._fields})
     kind = "timm" if job.contestant.startswith("timm") else "ours"
+    if job.contestant in self.args.xla_flags:
+      given = os.environ.get("XLA_FLAGS", "")
+      variables["XLA_FLAGS"] = f"{given} {job.contestant}".strip()
     return Worker(self.commands[kind], job, **variables)
 
   def _measure_tasks(self, model):
@@ -248,8 +253,7 @@ class Benchmark:
     except FailedError as error:
       self._fail(row, error)
       return None
-    compiled = row.get("compile_seconds")
-    if compiled and self.args.at_once:
+    if compiled := row.get("compile_seconds"):
       say(f"{_name(row)} compiled in {compiled:.1f} s")
     return worker
 
@@ -260,9 +264,7 @@ class Benchmark:
     except FailedError as error:
       self._fail(row, error)
       return None
-    compiled = row.get("compile_seconds")
-    compiled = f"compiled in {compiled:.1f} s, " if compiled else ""
-    say(f"{_name(row)} ready: {compiled}{report.seconds(seconds)} a call")
+    say(f"{_name(row)} ready: {report.seconds(seconds)} a call")
     calls = max(1, round(self.args.seconds / max(seconds, 1e-9)))
     return Entry(worker, row, calls)
 
@@ -338,7 +340,7 @@ class Benchmark:
 def _name(row: dict) -> str:
   """A row in the lines of progress."""
   model = f"{row['model']} " if row["model"] else ""
-  return f"{model}{row['task']:8} {report.TEXTS[row['contestant']]:24}"
+  return f"{model}{row['task']:8} {report.name_of(row['contestant']):24}"
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     help=f"more contestants, in training: any of {', '.join(OPTIONAL)}",
   )
   add(
+    "--xla_flags", action="append", default=[], metavar="FLAGS",
+    help="also ours with these in XLA_FLAGS, such as "
+    "--xla_flags=--xla_cpu_use_xnnpack=false; repeated, with each of them",
+  )  # fmt: skip
+  add(
     "--timm_compile", action="store_true",
     help="also timm through torch.compile (on a GPU: always, channels_last)",
   )  # fmt: skip
@@ -117,6 +122,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   ):
     if wrong := [name for name in given if name not in known]:
       parser.error(f"--{option}={wrong[0]}: use some of {', '.join(known)}")
+  for flags in args.xla_flags:
+    if not flags.startswith("--xla_"):
+      parser.error(f"--xla_flags={flags}: flags of XLA begin with --xla_")
   for option in ("batch", "size", "rounds", "seconds"):
     given = getattr(args, option)
     if given is not None and not given > 0:
@@ -131,10 +139,11 @@ def contestants(
   *,
   device: str,
   also: list[str],
+  xla_flags: list[str],
   timm_compile: bool,
   skip: list[str],
 ) -> list[str]:
-  """Who takes part in a task."""
+  """Who takes part in a task; flags of XLA stand for ours with them."""
   wanted = {*CONTESTANTS} - {*OPTIONAL, *COMPILED} | {*also}
   if timm_compile:
     wanted |= {*COMPILED}
@@ -142,8 +151,9 @@ def contestants(
     wanted.add("timm_channels_last_compiled")
   if "timm" in skip:
     wanted = {name for name in wanted if not name.startswith("timm")}
-  return [
+  named = [
     name
     for name, tasks in CONTESTANTS.items()
     if task in tasks and name in wanted - {*skip}
   ]
+  return named + xla_flags * (task in CONTESTANTS["ours"])

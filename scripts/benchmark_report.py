@@ -4,8 +4,10 @@ Rows come from benchmark.py as they were timed; `summarize` adds what follows
 from several of them: ratios, shares of the device's peak.
 """
 
+import functools
 import json
 import statistics
+import textwrap
 from itertools import groupby
 from pathlib import Path
 
@@ -78,6 +80,11 @@ def summarize(data: dict) -> dict:
   return data | {"rows": rows, "peak_flops_per_second": peaks}
 
 
+def name_of(contestant: str) -> str:
+  """A contestant in tables, figure and progress."""
+  return TEXTS.get(contestant) or f"ours, {contestant}"
+
+
 def _group(row: dict) -> tuple:
   return row["what"], row["model"], row["task"]
 
@@ -123,7 +130,8 @@ def to_markdown(data: dict) -> str:
       table = _update_table if what == "optimizer" else _speed_table
       parts.append(table(group))
     parts += [
-      f"{TEXTS[row['contestant']]}, {row['task']}: not measured, {row['error']}"
+      f"{name_of(row['contestant'])}, {row['task']}: not measured, "
+      f"{row['error']}"
       for row in group
       if "error" in row
     ]
@@ -181,7 +189,7 @@ def _speed_table(group: list[dict]) -> str:
     rate = row["images_per_second"]["median"]
     lines.append([
       TASKS[row["task"]],
-      TEXTS[row["contestant"]],
+      name_of(row["contestant"]),
       seconds(row["median_seconds"]),
       _range(row["seconds"]),
       _rate(rate),
@@ -199,7 +207,7 @@ def _update_table(group: list[dict]) -> str:
   for row in filter(lambda row: row["seconds"], group):
     passes = row.get("passes")
     lines.append([
-      TEXTS[row["contestant"]],
+      name_of(row["contestant"]),
       seconds(row["median_seconds"]),
       _range(row["seconds"]),
       *_ratio(row),
@@ -222,7 +230,7 @@ def _compile_table(group: list[dict]) -> str:
     ]
     lines.append([
       TASKS[row["task"]],
-      TEXTS[row["contestant"]],
+      name_of(row["contestant"]),
       *halves,
       seconds(row["median_seconds"]),
       _range(row["seconds"]),
@@ -362,7 +370,9 @@ def _draw(axis, panel: list[dict]) -> None:
     axis.text(
       rate["max"] + 0.015 * longest, place, text, va="center", fontsize=9
     )
-  axis.set_yticks(places, [TEXTS[row["contestant"]] for row in panel])
+  wrap = functools.partial(textwrap.fill, width=30, break_on_hyphens=False)
+  names = [wrap(name_of(row["contestant"])) for row in panel]
+  axis.set_yticks(places, names, fontsize=9)
   axis.invert_yaxis()
   axis.set_xlim(0, 1.2 * longest)
   axis.set_title(

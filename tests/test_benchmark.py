@@ -83,12 +83,20 @@ def test_training(environment, tmp_path):
 
 
 def test_inference(environment, tmp_path):
-  _, rows = _run_ours(environment, tmp_path, "--what=infer", "--at_once")
+  flags = f"--xla_dump_to={tmp_path / 'dump'}"
+  result, rows = _run_ours(
+    environment,
+    tmp_path,
+    *("--what=infer", "--at_once", f"--xla_flags={flags}"),
+  )
   assert set(rows) == {
     ("matmul", "ours"),
     ("forward", "ours"),
     ("forward", "folded"),
+    ("forward", flags),
   }
+  assert f"| ours, {flags} |" in result.stdout
+  assert any((tmp_path / "dump").iterdir())  # XLA was given them.
 
 
 @pytest.mark.timm
@@ -266,6 +274,7 @@ def _processes_with(value):
     ("--what=train,speed", "--what=speed: use some of train, gradient, step"),
     ("--skip=torch", "--skip=torch: use some of timm, ours, folded"),
     ("--rounds=0", "--rounds=0 is not positive"),
+    ("--xla_flags=fast", "--xla_flags=fast: flags of XLA begin with --xla_"),
     ("--model=nfnet_f9", "nfnet_f9"),
   ],
 )
