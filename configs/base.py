@@ -94,8 +94,8 @@ def get_config() -> ConfigDict:
   # or all but the inputs of "blocks" or "stages".
   config.train.remat = "none"
   # Whether equal blocks are compiled once, as a loop: deep networks compile
-  # faster and run slower (on a CPU F7's gradient compiles twice as fast, F0's
-  # runs 10 % slower: experiments/speed.md).
+  # faster and run slower (on a CPU F7's gradient compiles twice as fast, but
+  # takes more memory, F0's a quarter longer: experiments/speed.md).
   config.train.scan = False
   # Train with parameters in fewer arrays; None: on GPUs. Checkpoints and
   # weights are the same.

@@ -32,6 +32,7 @@ class Card(NamedTuple):
   mean: tuple[float, ...]  # Per colour, grey levels 0 to 255.
   std: tuple[float, ...]
   source: str = ""  # Where the weights are from.
+  step: int | None = None  # Updates made, of a run of `nfnets train`.
 
   def make_model(self, **execution: Any) -> models.Model:
     """The network that the weights fit; see `models.make` for `execution`."""
@@ -122,7 +123,13 @@ def has_weights(workdir: Path) -> bool:
 
 def rounds_of(workdir: Path) -> list[Path]:
   """The folders of a run whose images grow, oldest first."""
-  return sorted(p for p in workdir.glob("round_*") if p.is_dir())
+  number = lambda path: path.name.removeprefix("round_")
+  found = [
+    path
+    for path in workdir.glob("round_*")
+    if path.is_dir() and number(path).isdigit()
+  ]
+  return sorted(found, key=lambda path: int(number(path)))
 
 
 def of_workdir(workdir: Path) -> Card:

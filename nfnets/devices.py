@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nfnets.errors import InputError
@@ -47,6 +48,12 @@ def join_pod() -> None:
 def is_first_host() -> bool:
   """Whether this process speaks and writes for all."""
   return jax.process_index() == 0
+
+
+def wait_for_hosts(what: str) -> None:
+  """Returns when all processes have come here; `what` tells places apart."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

@@ -14,6 +14,7 @@ from nfnets.augment import Normalization
 from nfnets.card import Card
 from nfnets.errors import InputError, check_output
 from nfnets.model_card import model_card
+from nfnets.models import plan
 
 # A StableHLO program is a flat buffer.
 _MOST_BYTES = 2**31 - 2**24
@@ -137,7 +138,8 @@ def convert(
   if to == "ours":
     pretrained.save(out, params, card)
     return f"{model.name}, {model.num_classes} classes"
-  if card is not None and card.overrides:
+  of_table = models.make(model.name, model.num_classes)
+  if plan.in_evaluation(model.plan) != plan.in_evaluation(of_table.plan):
     raise InputError(
       f"{source} is {model.name} with other columns ({card.overrides}), for "
       "which timm has no name"

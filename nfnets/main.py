@@ -33,6 +33,15 @@ _WEIGHTS_HELP = (
 )
 
 
+# What to do where a device's memory is too small.
+_TO_SAVE_MEMORY = {
+  "train": "--config.train.accumulate=4, which computes a batch in four parts, "
+  "or --config.train.remat=blocks, which keeps less for the gradient",
+  "evaluate": "a smaller --config.eval.batch_size",
+  "predict": "a smaller --batch_size, or --precision=bfloat16",
+}
+
+
 # Memory in pages of 2 MB rather than 4 kB, where the system has them, and kept
 # when it is free. XLA takes a program's memory on a CPU anew at every call, and
 # the system clears each page that it gives: with small ones a fifth of the time
@@ -77,6 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   except OSError as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
+    return 1
+  except RuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    text = f"does not fit into the device's memory ({_one_line(error)})"
+    if advice := _TO_SAVE_MEMORY.get(args.command):
+      text += f"; try {advice}"
+    print(f"nfnets {args.command}: {text}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print(f"nfnets {args.command}: interrupted", file=sys.stderr)

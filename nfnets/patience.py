@@ -1,7 +1,8 @@
 """Ending a run when nothing gets better, and keeping the best weights.
 
 What was best is read from the record of the run, so that a run that was killed
-decides as if it never was.
+decides as if it never was. Where its weights are not there (patience came
+later, or a run went back to an older checkpoint), the next evaluation is best.
 """
 
 from pathlib import Path
@@ -29,6 +30,11 @@ class Patience:
     for row in metrics.read(workdir):
       if row["kind"] == "eval" and row["step"] <= step:
         self.add(row)
+    # In this order, as `go_on` makes the first the second, on another host too.
+    files = self._path.with_name("weights.safetensors"), self._path
+    kept = [pretrained.step_of(path) for path in files if path.exists()]
+    if self.best is not None and not {self.best["step"], None} & {*kept}:
+      self.best, self._num_since = None, 0
 
   def add(self, row: metrics.Row) -> bool:
     """Takes the next evaluation; whether it is the best."""
@@ -44,13 +50,13 @@ class Patience:
     return self._num_since >= self._limit
 
   def save(self, params: Any, card: Card) -> None:
-    """Keeps the weights of the best evaluation."""
+    """Keeps the weights of the best evaluation; their card says its step."""
     pretrained.save(self._path, params, card)
 
   def go_on(self) -> None:
-    """Takes the weights of a run that was over for the best so far."""
+    """Takes the weights of a run that was over, if they are the best so far."""
     finished = self._path.with_name("weights.safetensors")
-    if finished.exists():
+    if self.best and pretrained.step_of(finished) == self.best["step"]:
       finished.replace(self._path)
 
   def finish(self) -> bool:

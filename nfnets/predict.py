@@ -8,7 +8,9 @@ In a notebook:
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from nfnets import models, pretrained, steps
 from nfnets.augment import Normalization
-from nfnets.data import images
+from nfnets.data import encoded, images
 from nfnets.errors import InputError
 
 
@@ -83,12 +85,12 @@ class Classifier:
   def predict(
     self, paths: Iterable[str | Path], *, top: int = 5, batch_size: int = 32
   ) -> Iterator[Prediction | Failure]:
-    """Classifies image files.
+    """Classifies image files; threads read ahead of the device.
 
     Args:
       paths: What `images.find` takes: files, folders, patterns.
       top: How many classes of each image to give.
-      batch_size: Images in memory at once.
+      batch_size: Images computed at once; twice as many are in memory.
 
     Yields:
       In the order of the files, a prediction for each or why there is none.
@@ -97,27 +99,52 @@ class Classifier:
       InputError: for missing files.
     """
     found = images.find(paths)
-    names, size = self.card.class_names, self.card.image_size
     batch_size = min(batch_size, len(found))
-    for start in range(0, len(found), batch_size):
-      # As large for the rest, so that nothing is compiled again.
-      batch = np.zeros((batch_size, size, size, 3), np.float32)
-      failures = {}
-      chunk = found[start : start + batch_size]
-      for i, path in enumerate(chunk):
-        try:
-          batch[i] = self.prepare(images.read(path))
-        except InputError as error:
-          failures[path] = str(error)
-      values = self.probabilities(batch)
-      for path, value in zip(chunk, values, strict=False):
-        if path in failures:
-          yield Failure(path, failures[path])
-        else:
-          best = np.argsort(-value, kind="stable")[:top]
-          yield Prediction(
-            path, tuple((names[i], float(value[i])) for i in best)
-          )
+    pending = None
+    with encoded.make_pool(os.cpu_count() or 1) as pool:
+      for start in range(0, len(found), batch_size):
+        chunk = found[start : start + batch_size]
+        batch, failures = self._read(chunk, batch_size, pool)
+        values = self._probabilities(self.params, batch)
+        # These are computed while the next images are read.
+        if pending is not None:
+          yield from self._results(*pending, top)
+        pending = chunk, failures, values
+      if pending is not None:
+        yield from self._results(*pending, top)
+
+  def _read(
+    self, paths: list[Path], batch_size: int, pool: ThreadPoolExecutor
+  ) -> tuple[np.ndarray, dict[Path, str]]:
+    """Prepared images, as many for the last ones, and why there is none."""
+    size = self.card.image_size
+    # One shape, so that nothing is compiled again.
+    batch = np.zeros((batch_size, size, size, 3), np.float32)
+
+    def fill(i: int) -> str | None:
+      try:
+        batch[i] = self.prepare(images.read(paths[i]))
+      except InputError as error:
+        return str(error)
+      return None
+
+    reasons = zip(paths, pool.map(fill, range(len(paths))), strict=True)
+    return batch, {path: reason for path, reason in reasons if reason}
+
+  def _results(
+    self,
+    paths: list[Path],
+    failures: dict[Path, str],
+    values: jax.Array,
+    top: int,
+  ) -> Iterator[Prediction | Failure]:
+    names = self.card.class_names
+    for path, value in zip(paths, jax.device_get(values), strict=False):
+      if path in failures:
+        yield Failure(path, failures[path])
+      else:
+        best = np.argsort(-value, kind="stable")[:top]
+        yield Prediction(path, tuple((names[i], float(value[i])) for i in best))
 
 
 # What one picture can hold and still be looked at.

@@ -106,9 +106,22 @@ def _load_workdir(
   # Here, as it takes long and weights files do without.
   from nfnets import checkpoint
 
-  model, mesh = card.make_model(), devices.make_mesh(1)
+  is_pod = jax.process_count() > 1
+  model, mesh = card.make_model(), devices.make_mesh(None if is_pod else 1)
   found = checkpoint.load_weights(workdir, model, mesh)
   return jax.device_get(found["ema_params" if is_average else "params"]), card
+
+
+def step_of(path: Path) -> int | None:
+  """Updates that weights of a run had seen; None: unknown, or no such file."""
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(path, framework="numpy") as file:
+      text = (file.metadata() or {}).get(_CARD_KEY)
+  except (FileNotFoundError, SafetensorError):
+    return None
+  return json.loads(text).get("step") if text else None
 
 
 def load_file(

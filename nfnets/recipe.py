@@ -213,6 +213,11 @@ def resolve(config: ConfigDict) -> Recipe:
     max_broken=d.max_broken,
     num_threads=d.num_threads,
   )
+  if source.test.num_examples == 0:
+    raise InputError(
+      f"config.data.source={d.source}: there are no images to test with; of "
+      "image folders one is held out of each class that has two or more"
+    )
   num_classes = len(source.class_names)
   try:
     model = models.make(

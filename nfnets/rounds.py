@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,21 +23,28 @@ _NEVER = -1e9
 def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   """The round to train: the newest, or a new one when there are other images.
 
+  Of a workdir that is a round itself it is that one.
+
   Returns:
     The config with what it starts from, and the folder.
   """
   config = config.copy_and_resolve_references()
-  folders = [
-    f for f in cards.rounds_of(workdir) if (f / cards.CONFIG).is_file()
-  ]
+  is_round = workdir in cards.rounds_of(workdir.parent)
+  folders = [workdir] if is_round else cards.rounds_of(workdir)
+  folders = [f for f in folders if (f / cards.CONFIG).is_file()]
   if not folders:
     return config, workdir / "round_001"
   last = folders[-1]
   saved = recipe.load_config(last)
+  sizes = {
+    name: saved.data[name] if config.data[name] is None else config.data[name]
+    for name in ("train_size", "test_size")
+  }
   config = recipe.fill(config, cards.of_workdir(last))
+  config.data.update(sizes)
   config.init_from = saved.init_from
   found = recipe.resolve(config).source.fingerprint
-  if found == cards.read_config(last)["derived"]["images"]:
+  if is_round or found == cards.read_config(last)["derived"]["images"]:
     return config, last
   newest = cards.newest_round(workdir)
   if cards.has_weights(newest):
@@ -56,6 +64,7 @@ def report(config: ConfigDict, folder: Path) -> None:
   """
   if config.init_from is None:
     return
+  devices.wait_for_hosts("weights")  # One has written them.
   old, card = pretrained.load_with_card(config.init_from)
   r = recipe.resolve(config)
   names = r.card.class_names
@@ -77,7 +86,7 @@ def report(config: ConfigDict, folder: Path) -> None:
   )
   before[f"{r.model.plan.name}/~/linear"]["b"][~is_known] = _NEVER
 
-  mesh = devices.make_mesh(1)
+  mesh = devices.make_mesh(None if jax.process_count() > 1 else 1)
   eval_step = steps.make_eval_step(
     r.model, mesh, normalization=r.normalization, with_confusion=True
   )
@@ -108,6 +117,8 @@ def report(config: ConfigDict, folder: Path) -> None:
     }
     for group, members in groups.items()
   }
+  if not devices.is_first_host():
+    return
   (folder / "growth.json").write_text(json.dumps(rows, indent=2) + "\n")
   print(f"held-out images       number  {'before':>8}  {folder.name:>9}")
   for group, row in rows.items():

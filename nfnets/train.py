@@ -11,11 +11,13 @@ import functools
 import math
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfnets import (
@@ -30,6 +32,7 @@ from nfnets import (
   rounds,
   steps,
 )
+from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.errors import InputError
 from nfnets.patience import Patience
@@ -64,8 +67,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       return _train(config, Path(workdir), stop)
     config, folder = rounds.choose(config, Path(workdir))
     result = _train(config, folder, stop)
-    if devices.is_first_host():
-      rounds.report(config, folder)
+    rounds.report(config, folder)
     return result
 
 
@@ -75,31 +77,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
   devices.check_batch_size(batch_size, mesh, config.train.accumulate)
-
-  optimizer = r.make_optimizer()
-  train_step = steps.make_train_step(
-    r.model,
-    optimizer,
-    mesh,
-    normalization=r.normalization,
-    label_smoothing=config.train.label_smoothing,
-    ema_decay=config.optim.ema_decay,
-    seed=config.seed,
-    augment=r.make_augment(),
-    precision=config.train.precision,
-    accumulate=config.train.accumulate,
-    sam_rho=config.optim.sam_rho,
-    sam_share=config.optim.sam_share,
-    is_frozen=r.is_frozen if config.optim.frozen else None,
-  )
-  eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
-  init = functools.partial(
-    steps.init_state,
-    r.model,
-    optimizer,
-    image_size=r.train_size,
-    seed=config.seed,
-  )
+  programs = _make_programs(r, mesh)
 
   is_first_host = devices.is_first_host()
   if workdir.exists() and not workdir.is_dir():
@@ -115,15 +93,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
-    if checkpoints.latest_step() is None:
-      state, position = devices.create(init, mesh), 0
-      if config.init_from is not None:
-        state = _start_from(config.init_from, state, r, mesh)
-    else:
-      state, position = checkpoints.restore(jax.eval_shape(init), mesh)
-    if r.model.has_own_arrays:
-      state = r.model.stack(jax.device_get(state))
-      state = devices.replicate(state, mesh)
+    state, position = _begin(r, checkpoints, programs.init, mesh)
     start = int(state.step)
     patience = None
     if config.train.patience is not None:
@@ -132,17 +102,20 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
       patience is not None and patience.is_exhausted
     )
     if is_over and changes:
+      longer = "config.train.epochs"
+      if patience is not None and patience.is_exhausted:
+        longer = "config.train.patience"
       raise InputError(
         f"{workdir} is complete after {start} steps, and this config differs "
         f"({', '.join(changes)}): choose another --workdir for a new run, or "
-        "raise config.train.epochs to train this one for longer"
+        f"raise {longer} to train this one for longer"
       )
     if is_first_host:
       recipe.save(r, workdir)
       if not is_over:  # No weights but those of a run that is complete.
         if patience is not None:
           patience.go_on()
-        (workdir / "weights.safetensors").unlink(missing_ok=True)
+        _remove_weights(workdir, start)
     bar = stack.enter_context(
       progress.TrainProgress(
         start=start,
@@ -179,7 +152,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
       bar.say("compiling the train step; of large networks that takes minutes")
     for step in range(start + 1, start if is_over else r.total_steps + 1):
       batch = devices.shard_batch(next(data), mesh)
-      state, values = train_step(state, batch)
+      state, values = programs.train_step(state, batch)
       in_flight.add(step, values)
       if step == start + 1:
         in_flight.land_all()
@@ -194,10 +167,10 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
       if is_eval_due or is_save_due:
         in_flight.land_all()  # Nothing that diverged is saved.
       if is_eval_due:
-        result = _evaluate(r, eval_step, state, mesh, bar, log)
+        result = _evaluate(r, programs.eval_step, state, mesh, bar, log)
         if patience is not None:
           if patience.add(_as_row(step, "ema", result)) and is_first_host:
-            patience.save(_ema_params(state, r), r.card)
+            patience.save(*_ema_weights(state, r))
           if patience.is_exhausted and not is_last:
             is_last = is_save_due = True
             bar.say(
@@ -222,19 +195,74 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     if patience is not None and patience.best is not None:
       result = _as_result(patience.best, r.source.test.num_examples)
     elif result is None:  # The run was complete already, its record too.
-      result = _evaluate(r, eval_step, state, mesh, bar, log=None)
+      result = _evaluate(r, programs.eval_step, state, mesh, bar, log=None)
     checkpoints.wait()
     if is_first_host:
       if patience is None or not patience.finish():
         path = workdir / "weights.safetensors"
-        pretrained.save(path, _ema_params(state, r), r.card)
+        pretrained.save(path, *_ema_weights(state, r))
       title = f"{r.model.name} on {config.data.source}"
       plots.save_curves(workdir, workdir / "curves.png", title=title)
   return result
 
 
+class _Programs(NamedTuple):
+  """What runs on the devices; each compiles at its first call."""
+
+  init: Callable[[], steps.TrainState]
+  train_step: Callable[..., Any]
+  eval_step: Callable[..., Any]
+
+
+def _make_programs(r: recipe.Recipe, mesh: Mesh) -> _Programs:
+  config, optimizer = r.config, r.make_optimizer()
+  init = functools.partial(
+    steps.init_state,
+    r.model,
+    optimizer,
+    image_size=r.train_size,
+    seed=config.seed,
+  )
+  train_step = steps.make_train_step(
+    r.model,
+    optimizer,
+    mesh,
+    normalization=r.normalization,
+    label_smoothing=config.train.label_smoothing,
+    ema_decay=config.optim.ema_decay,
+    seed=config.seed,
+    augment=r.make_augment(),
+    precision=config.train.precision,
+    accumulate=config.train.accumulate,
+    sam_rho=config.optim.sam_rho,
+    sam_share=config.optim.sam_share,
+    is_frozen=r.is_frozen if config.optim.frozen else None,
+  )
+  eval_step = steps.make_eval_step(r.model, mesh, normalization=r.normalization)
+  return _Programs(init, train_step, eval_step)
+
+
+def _begin(
+  r: recipe.Recipe,
+  checkpoints: checkpoint.Checkpoints,
+  init: Callable[[], steps.TrainState],
+  mesh: Mesh,
+) -> tuple[steps.TrainState, int]:
+  """The newest state, or a fresh one, and its position in the data."""
+  if checkpoints.latest_step() is not None:
+    state, position = checkpoints.restore(jax.eval_shape(init), mesh)
+  else:
+    state, position = devices.create(init, mesh), 0
+    if r.config.init_from is not None:
+      state = _start_from(r.config.init_from, state, r, mesh)
+  if r.model.has_own_arrays:
+    state = r.model.stack(jax.device_get(state))
+    state = devices.replicate(state, mesh)
+  return state, position
+
+
 def _start_from(
-  source: str, state: steps.TrainState, r: recipe.Recipe, mesh: Any
+  source: str, state: steps.TrainState, r: recipe.Recipe, mesh: Mesh
 ) -> steps.TrainState:
   """A fresh state with other weights."""
   params, card = pretrained.load_with_card(source)
@@ -252,9 +280,22 @@ def _start_from(
   )
 
 
-def _ema_params(state: steps.TrainState, r: recipe.Recipe) -> Any:
-  """The averaged weights, with the published names."""
-  return r.model.unstack(jax.device_get(state.ema_params))
+def _ema_weights(state: steps.TrainState, r: recipe.Recipe) -> tuple[Any, Card]:
+  """The averaged weights, with the published names, and what they are."""
+  params = r.model.unstack(jax.device_get(state.ema_params))
+  return params, r.card._replace(step=int(state.step))
+
+
+def _remove_weights(workdir: Path, start: int) -> None:
+  """Those of a run that was over; if no checkpoint has them, they get a name.
+
+  So it is with the best weights of a run that goes on without patience.
+  """
+  path = workdir / "weights.safetensors"
+  step = pretrained.step_of(path)
+  if step not in (None, start):
+    path.replace(path.with_name(f"weights_{step}.safetensors"))
+  path.unlink(missing_ok=True)
 
 
 class _InFlight:
@@ -312,7 +353,7 @@ def _evaluate(
   r: recipe.Recipe,
   eval_step: Any,
   state: steps.TrainState,
-  mesh: Any,
+  mesh: Mesh,
   bar: progress.TrainProgress,
   log: metrics.Log | None,
 ) -> evaluate.Result:
@@ -354,7 +395,7 @@ def _as_result(row: metrics.Row, num_examples: int) -> evaluate.Result:
 
 
 def _headline(
-  r: recipe.Recipe, mesh: Any, workdir: Path, start: int, *, is_over: bool
+  r: recipe.Recipe, mesh: Mesh, workdir: Path, start: int, *, is_over: bool
 ) -> str:
   c = r.config
   device = mesh.devices.flat[0].device_kind

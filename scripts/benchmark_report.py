@@ -4,7 +4,6 @@ Rows come from benchmark.py as they were timed; `summarize` adds what follows
 from several of them: ratios, shares of the device's peak.
 """
 
-import functools
 import json
 import statistics
 import textwrap
@@ -370,8 +369,8 @@ def _draw(axis, panel: list[dict]) -> None:
     axis.text(
       rate["max"] + 0.015 * longest, place, text, va="center", fontsize=9
     )
-  wrap = functools.partial(textwrap.fill, width=30, break_on_hyphens=False)
-  names = [wrap(name_of(row["contestant"])) for row in panel]
+  lines = [name_of(row["contestant"]).split(" --") for row in panel]
+  names = ["\n".join(textwrap.fill(x, 30) for x in parts) for parts in lines]
   axis.set_yticks(places, names, fontsize=9)
   axis.invert_yaxis()
   axis.set_xlim(0, 1.2 * longest)

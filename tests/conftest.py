@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import json  # noqa: E402
 import pathlib  # noqa: E402
 import signal  # noqa: E402
+import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -121,6 +122,37 @@ def kill_when(is_time, command, environment):
     process.kill()
     process.wait()
   return was_running
+
+
+def run_pod(environment, *options):
+  """Trains in two processes as one; of each exit code, output and errors."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  variables = environment | {
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,
+    "JAX_NUM_PROCESSES": "2",
+  }
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, "-m", "nfnets.main", "train", "--pod", *options],
+      env=variables | {"JAX_PROCESS_ID": str(index)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  try:
+    outputs = [host.communicate(timeout=200) for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  return [
+    (host.returncode, *output)
+    for host, output in zip(hosts, outputs, strict=True)
+  ]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -319,6 +320,21 @@ def test_folder_with_a_test_folder(tmp_path):
   np.testing.assert_array_equal(test.images[0], expected)
 
 
+def test_images_for_testing_must_be_labelled(tmp_path):
+  """Often `test/` has none in class folders, and `val/` beside it has."""
+  _make_folder(tmp_path / "train", ("ant", "bee"), 3)
+  _make_folder(tmp_path, ("test",), 2)  # test/0.jpg ...
+  with pytest.raises(
+    InputError, match=r"test without images in class folders \(.*test/ant/x.jpg"
+  ):
+    folder.scan(tmp_path, held_out_share=0.2)
+  _make_folder(tmp_path / "val", ("bee",), 2)
+  listing = folder.scan(tmp_path, held_out_share=0.2)
+  expected = [tmp_path / "val" / "bee" / f"{i}.jpg" for i in range(2)]
+  assert listing.test == [(path, 1) for path in expected]
+  assert len(listing.train) == 6
+
+
 def test_folder_without_a_test_folder_holds_out_a_share(tmp_path):
   _make_folder(tmp_path, ("a", "b", "c"), 40, "png")
   scan = lambda: folder.scan(tmp_path, held_out_share=0.25)
@@ -408,6 +424,38 @@ def test_broken_files_are_named_once_and_skipped_up_to_a_limit(tmp_path):
     pytest.raises(InputError, match=r"2 images could not be .*max_broken=1"),
   ):
     split.read(np.arange(split.num_examples), draws)
+
+
+def test_files_that_cannot_be_opened_are_skipped_too(tmp_path):
+  _make_folder(tmp_path / "train", ("a", "b"), 4)
+  (tmp_path / "train" / "a" / "0.jpg").unlink()
+  (tmp_path / "train" / "a" / "0.jpg").mkdir()
+  (tmp_path / "train" / "b" / "9.jpg").symlink_to(tmp_path / "absent.jpg")
+  damaged = tmp_path / "train" / "b" / "2.jpg"
+  start, rest = damaged.read_bytes()[:2], damaged.read_bytes()[2:]
+  # To be turned, and with a resolution that is no number.
+  tags = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+  tags += b"\x01\x1a\0\x07\0\0\0\x01\0\0\0\x20\0\0\0\0"
+  damaged.write_bytes(
+    start + b"\xff\xe1" + (2 + len(tags)).to_bytes(2) + tags + rest
+  )
+  _make_folder(tmp_path / "test", ("a",), 1)
+  split = sources.load("folder", sizes=SIZES, directory=str(tmp_path)).train
+  draws = np.zeros((split.num_examples, *crops.DRAWS))
+  with pytest.warns(UserWarning, match="skipped") as warned:
+    read = split.read(np.arange(split.num_examples), draws)
+  texts = sorted(str(warning.message) for warning in warned)
+  for text, pattern in zip(
+    texts,
+    (
+      r"a/0.jpg cannot be read: Is a directory",
+      r"b/2.jpg cannot be read as an image",
+      r"b/9.jpg cannot be read: No such file",
+    ),
+    strict=True,
+  ):
+    assert re.search(pattern, text), text
+  assert (~read.is_good).sum() == 3
 
 
 def test_memory_of_batches_is_used_again_but_never_while_it_is_held():
@@ -531,14 +579,16 @@ def test_memory_is_flat_over_ten_thousand_batches(tmp_path):
 def test_an_error_of_a_decoding_thread_surfaces_at_once(tmp_path):
   """Also while the main thread waits for the next batch."""
   _make_folder(tmp_path / "train", ("a", "b"), 8)
-  source = sources.load("folder", sizes=SIZES, directory=str(tmp_path))
+  source = sources.load(
+    "folder", sizes=SIZES, directory=str(tmp_path), max_broken=0
+  )
   stream = batches.TrainBatches(source.train, batch_size=8, seed=0)
   with batches.ReadAhead(stream) as ahead:
     next(ahead)
     for path in tmp_path.rglob("*.jpg"):
       path.unlink()
     start = time.monotonic()
-    with pytest.raises(OSError, match=r"No such file or directory: .*jpg"):
+    with pytest.raises(InputError, match=r"jpg cannot be read: No such file"):
       for _ in range(4):  # Two batches may have been read before.
         next(ahead)
     assert time.monotonic() - start < 1

@@ -295,7 +295,10 @@ def test_conversion_through_the_command_line(nfnets, tmp_path):
     if "skip_gain" in values:
       values["skip_gain"] = np.ones((), np.float32)
   first = tmp_path / "ours.npz"
-  pretrained.save(first, params, cards.for_imagenet(model, "here"))
+  card = cards.for_imagenet(model, "here")
+  # As fine-tuning leaves them: these columns are no part of the weights.
+  tuned = card._replace(overrides={"drop_rate": 0.1, "stochdepth_rate": 0.2})
+  pretrained.save(first, params, tuned)
   to_timm = nfnets("convert", first, tmp_path / "t.safetensors", "--to=timm")
   assert "timm's nfnet_l0, 1000 classes" in to_timm.stdout, to_timm.stderr
   back = nfnets("convert", tmp_path / "t.safetensors", tmp_path / "b.npz")
@@ -303,6 +306,11 @@ def test_conversion_through_the_command_line(nfnets, tmp_path):
   refused = nfnets("convert", first, tmp_path / "c.npz", "--fold_epsilon")
   assert refused.returncode == 1
   assert "--fold_epsilon is for dm_nfnet_f0 to f6" in refused.stderr
+  other = tmp_path / "other.npz"
+  pretrained.save(other, params, card._replace(overrides={"alpha": 0.5}))
+  refused = nfnets("convert", other, tmp_path / "c.npz", "--to=timm")
+  assert refused.returncode == 1
+  assert "nfnet_l0 with other columns ({'alpha': 0.5})" in refused.stderr
   loaded, card = pretrained.load_with_card(tmp_path / "b.npz")
   assert card.image_size == 288
   jax.tree.map(

@@ -12,12 +12,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import LONG_RUN, SMALL, kill_when, read_rows
+from conftest import LONG_RUN, SMALL, kill_when, read_rows, run_pod
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from configs import base
-from nfnets import pretrained, recipe
+from configs import base, finetune
+from nfnets import card as cards
+from nfnets import models, pretrained, recipe, rounds
 from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
@@ -212,9 +213,61 @@ def test_wrong_input_is_one_line(start, nfnets, tmp_path):
   fails(pattern=r"has 1 class folder \(five\): at least two are needed")
 
 
-def test_without_weights_it_says_what_to_give():
-  from configs import finetune
+def test_a_round_goes_on_at_its_own_sizes(start, tmp_path):
+  """Given the size of tests alone, images to train on stay as small."""
+  _write_digits(tmp_path / "photos", (5, 6), slice(0, 10))
+  config = finetune.get_config("folder")
+  config.init_from, config.data.dir = str(start), str(tmp_path / "photos")
+  config.data.test_size = 40
+  workdir = tmp_path / "run"
+  begun, folder = rounds.choose(config, workdir)
+  assert folder == workdir / "round_001"
+  folder.mkdir(parents=True)
+  r = recipe.resolve(begun)
+  recipe.save(r, folder)
+  assert (r.train_size, r.card.image_size) == (32, 40)
+  (workdir / "round_001.bak").mkdir()
 
+  # Of the workdir, and of the round itself, which stays one.
+  for given in (workdir, folder):
+    chosen, found = rounds.choose(config, given)
+    assert found == folder
+    assert recipe.changes_since(recipe.resolve(chosen), folder) == []
+  _write_digits(tmp_path / "photos", (5, 6), slice(10, 20))
+  chosen, found = rounds.choose(config, workdir)
+  assert found == workdir / "round_002"
+  assert recipe.resolve(chosen).train_size == 32
+  chosen, found = rounds.choose(config, folder)
+  assert found == folder
+  with pytest.raises(InputError, match=r"another run \(images: "):
+    recipe.changes_since(recipe.resolve(chosen), folder)
+
+
+def test_images_to_test_with_are_needed(start, tmp_path):
+  _write_digits(tmp_path, (5, 6), slice(0, 1))
+  config = finetune.get_config("folder")
+  config.init_from, config.data.dir = str(start), str(tmp_path)
+  with pytest.raises(InputError, match=r"no images to test with; of image fo"):
+    recipe.resolve(config)
+
+
+@pytest.mark.slow
+def test_two_processes_train_two_rounds(start, environment, tmp_path):
+  """Hosts of a pod compare known and new classes together."""
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  command = _fine_tune(start, photos, workdir, "--config.train.epochs=3")
+  for digits in ((5, 6), (5, 6, 7)):
+    _write_digits(photos, digits, slice(0, 40))
+    results = run_pod(environment | LONG_RUN, *command)
+    for code, output, errors in results:
+      assert code == 0, output + errors
+  assert re.search(r"known classes +\d+ +\S+% +\S+%", results[0][1])
+  assert "known classes" not in results[1][1]
+  rows = json.loads((workdir / "round_002" / "growth.json").read_text())
+  assert rows["new classes"]["classes"] == 1
+
+
+def test_without_weights_it_says_what_to_give():
   with pytest.raises(InputError, match=r"give --config.init_from=WEIGHTS"):
     recipe.resolve(finetune.get_config("folder"))
 
@@ -273,6 +326,29 @@ def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):
   again = _train(nfnets, *command, *options)
   assert "is complete" in again
   assert read_rows(workdir, "eval") == rows
+  longer = [*command, *options, "--config.train.epochs=30"]
+  refused = nfnets("train", *longer)
+  assert refused.returncode == 1
+  assert "or raise config.train.patience to train" in refused.stderr
+  # Without patience it goes on; the best weights are kept.
+  best = (workdir / "weights.safetensors").read_bytes()
+  impatient = tmp_path / "impatient.py"
+  impatient.write_text(
+    "from configs import finetune\n\n\n"
+    "def get_config():\n"
+    "  config = finetune.get_config('folder')\n"
+    "  config.train.patience = None\n"
+    "  return config\n"
+  )
+  options = [x for x in options if "patience" not in x]
+  options += [f"--config={impatient}", "--config.train.epochs=4"]
+  _train(nfnets, *command, *options)
+  step = rows[0]["step"]
+  assert (workdir / f"weights_{step}.safetensors").read_bytes() == best
+  steps = [row["step"] for row in read_rows(workdir, "eval")]
+  assert len(steps) == 4
+  last = workdir / "weights.safetensors"
+  assert pretrained.load_with_card(last)[1].step == steps[-1]
 
 
 def test_patience_reads_the_record(tmp_path):
@@ -282,12 +358,41 @@ def test_patience_reads_the_record(tmp_path):
     for i, v in enumerate(values, start=1)
   ]
   (tmp_path / "metrics.jsonl").write_text("".join(lines))
+  card = _card()
   best = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5}
   exhausted = {1: False, 2: False, 3: False, 4: True, 5: False, 6: False}
   for step in best:
+    pretrained.save(
+      tmp_path / "best.safetensors", {}, card._replace(step=best[step])
+    )
     patience = Patience(tmp_path, 2, step=step)
     assert patience.best["step"] == best[step]
     assert patience.is_exhausted == exhausted[step]
+
+
+def test_the_best_are_weights_that_are_there(tmp_path):
+  """Not those of a record whose weights are lost, or were never kept."""
+  lines = [
+    json.dumps({"step": step, "kind": "eval", "ema_top1": value}) + "\n"
+    for step, value in enumerate((0.5, 0.9, 0.6), start=1)
+  ]
+  (tmp_path / "metrics.jsonl").write_text("".join(lines))
+  assert Patience(tmp_path, 1, step=3).best is None
+  assert not Patience(tmp_path, 1, step=3).is_exhausted
+  finished = tmp_path / "weights.safetensors"
+  for step, is_known in ((3, False), (2, True)):
+    pretrained.save(finished, {}, _card()._replace(step=step))
+    patience = Patience(tmp_path, 1, step=3)
+    assert (patience.best is not None) == is_known
+    patience.go_on()
+    assert finished.exists() != is_known
+  assert Patience(tmp_path, 1, step=3).best["step"] == 2
+  assert patience.finish()
+  assert pretrained.step_of(finished) == 2
+
+
+def _card():
+  return cards.for_imagenet(models.make("nfnet_f0"), "made up")
 
 
 def test_any_key_may_be_left_open_but_the_network_must_be_known(tmp_path):

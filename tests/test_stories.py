@@ -10,14 +10,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import SMALL, kill_when, read_rows
+from conftest import SMALL, kill_when, read_rows, run_pod
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
@@ -131,35 +130,13 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
 def test_two_processes_train_as_one(finished, environment, tmp_path):
   """A pod of two CPU hosts with a workdir that both see."""
   workdir = tmp_path / "pod"
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  command = [sys.executable, "-m", "nfnets.main", "train", "--pod"]
-  command += [f"--workdir={workdir}", *TINY_RUN, "--config.train.epochs=0.5"]
-  variables = environment | {
-    "JAX_COORDINATOR_ADDRESS": address,
-    "JAX_COORDINATOR_BIND_ADDRESS": address,
-    "JAX_NUM_PROCESSES": "2",
-  }
-  hosts = [
-    subprocess.Popen(
-      command,
-      env=variables | {"JAX_PROCESS_ID": str(index)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    outputs = [host.communicate(timeout=200) for host in hosts]
-  finally:
-    for host in hosts:
-      host.kill()
-  assert [host.returncode for host in hosts] == [0, 0], outputs
-  assert "on 2 x cpu" in outputs[0][0]
-  assert "done" in outputs[0][0]
-  assert "done" not in outputs[1][0]
+  options = [f"--workdir={workdir}", *TINY_RUN, "--config.train.epochs=0.5"]
+  results = run_pod(environment, *options)
+  assert [code for code, *_ in results] == [0, 0], results
+  first, second = (output for _, output, _ in results)
+  assert "on 2 x cpu" in first
+  assert "done" in first
+  assert "done" not in second
   # Dropout draws per device, so the losses are near, not equal.
   ours, alone = read_rows(workdir), read_rows(finished)
   assert [row["step"] for row in ours] == list(range(1, 12))
@@ -408,12 +385,18 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
   finished, digit_files, tmp_path, nfnets
 ):
   (tmp_path / "0_bad.png").write_text("hello")
-  shutil.copy(digit_files / "7.png", tmp_path / "7.png")
-  result = nfnets("predict", f"--workdir={finished}", "--top=2", tmp_path)
-  _fails(result, 1, r"0_bad.png is not an image in a known format")
-  lines = result.stdout.splitlines()
-  assert lines[0].endswith("7.png")
-  assert len(lines) == 3
+  for digit in (3, 5, 7):
+    shutil.copy(digit_files / f"{digit}.png", tmp_path)
+  outputs = []
+  for size in (1, 3, 32):  # In several batches, the last of them not full.
+    command = ["predict", f"--workdir={finished}", "--top=2", tmp_path]
+    result = nfnets(*command, f"--batch_size={size}")
+    _fails(result, 1, r"0_bad.png is not an image in a known format")
+    outputs.append(result.stdout)
+  assert outputs == [outputs[0]] * 3
+  lines = outputs[0].splitlines()
+  assert [line[-5:] for line in lines[::3]] == ["3.png", "5.png", "7.png"]
+  assert len(lines) == 9
   assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
 
 

@@ -22,22 +22,22 @@ class Broken:
 
   def __init__(self, limit: int):
     self._limit = limit
-    self._names: set[str] = set()
+    self._errors: set[str] = set()
     self._lock = threading.Lock()
 
-  def add(self, name: str, error: InputError) -> None:
-    """Names a file.
+  def add(self, error: InputError) -> None:
+    """Says what is wrong with a file, which the error names.
 
     Raises:
       InputError: when there are more than the limit.
     """
     with self._lock:
-      if name in self._names:
+      if str(error) in self._errors:
         return
-      self._names.add(name)
-      if len(self._names) > self._limit:
+      self._errors.add(str(error))
+      if len(self._errors) > self._limit:
         raise InputError(
-          f"{len(self._names)} images could not be read, the last one because "
+          f"{len(self._errors)} images could not be read, the last one because "
           f"{error}; more than config.data.max_broken={self._limit}, so "
           "something is wrong with the data set: mend it or raise that"
         )
@@ -84,7 +84,8 @@ def make_split(
 
   Args:
     num_examples: How many there are.
-    fetch: Index -> (bytes, label, name for errors); called from threads.
+    fetch: Index -> (bytes, label, name for errors); called from threads. It
+      raises InputError for a file that cannot be read, now or later.
     sizes: Of the images to give.
     pool: Threads that decode; a batch is divided among them.
     broken: Where files are counted that cannot be read.
@@ -104,11 +105,11 @@ def make_split(
 
     def fill(places: range) -> None:
       for at in places:
-        data, labels[at], name = fetch(int(indices[at]))
         try:
+          data, labels[at], name = fetch(int(indices[at]))
           image = images.decode(data, name)
         except InputError as error:
-          broken.add(name, error)
+          broken.add(error)
           out[at] = 0
           continue
         if draws is None:
@@ -148,7 +149,7 @@ def _random_crop(
 
 
 def make_pool(num_threads: int) -> ThreadPoolExecutor:
-  """Threads for `make_split`; OpenCV's own are turned off."""
+  """Threads that decode; OpenCV's own are turned off."""
   import cv2
 
   cv2.setNumThreads(0)

@@ -3,7 +3,9 @@
 `train/CLASS/x.jpg` with `test/`, `val/`, `valid/` or `validation/` beside
 `train/`; or just `CLASS/x.jpg`, of which a share is held out. Whether an image
 is, depends on its own name alone, so it stays where it is when others are added
-and no image that was trained on becomes one to test with.
+and no image that was trained on becomes one to test with. (In a class of a few
+images one at least is held out whatever its name, and it may move once; and a
+class's only image is trained on, until there are two.)
 """
 
 import hashlib
@@ -33,7 +35,8 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
 
   Raises:
     InputError: for a folder that is missing or empty, a single class, a class
-      without images, or test classes that training does not have.
+      without images, test classes that training does not have, or folders for
+      testing without any.
   """
   if not root.is_dir():
     raise InputError(
@@ -56,10 +59,21 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
 
   test_roots = [root / name for name in _HELD_OUT if (root / name).is_dir()]
   if train_root != root and test_roots:
-    held_out = _by_class(test_roots[0])
+    # Others may hold images that nobody has labelled.
+    labelled = ((path, _by_class(path)) for path in test_roots)
+    test_root, held_out = next(
+      (pair for pair in labelled if any(pair[1].values())), (None, {})
+    )
+    if test_root is None:
+      raise InputError(
+        f"{' and '.join(map(str, test_roots))} without images in class folders "
+        f"({test_roots[0] / names[0]}/x.jpg): sort those to test with into "
+        "such folders, or move the folder away, and give the one with "
+        "CLASS/x.jpg, of which a share is held out"
+      )
     if unknown := sorted(held_out.keys() - found.keys()):
       raise InputError(
-        f"{test_roots[0]} has classes that {train_root} has not: "
+        f"{test_root} has classes that {train_root} has not: "
         f"{', '.join(unknown[:5])}"
       )
     test = [

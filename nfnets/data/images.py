@@ -100,7 +100,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
     raise InputError(
       f"{name} is not an image in a known format (or is damaged)"
     ) from None
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+  # Pillow raises whatever it stumbles over in damaged tags.
+  except Exception as e:
     raise InputError(f"{name} cannot be read as an image: {e}") from None
 
 
@@ -132,19 +133,24 @@ def _resize_part(
 ) -> np.ndarray:
   """Rows and columns `start` to `start + length` of a resized image."""
   part = slice(start, start + length)
-  # Gather the four taps of each output row, then of each column.
-  rows, row_weights = _cubic_weights(image.shape[0], size)
-  image = sum(
-    image[index].astype(np.float32) * weight[:, None, None]
-    for index, weight in zip(rows[:, part], row_weights[:, part], strict=True)
-  )
-  columns, column_weights = _cubic_weights(image.shape[1], size)
-  return sum(
-    image[:, index] * weight[None, :, None]
-    for index, weight in zip(
-      columns[:, part], column_weights[:, part], strict=True
-    )
-  )
+  for axis in (0, 1):
+    positions, weights = _cubic_weights(image.shape[axis], size)
+    image = _sum_of_taps(image, positions[:, part], weights[:, part], axis)
+  return image
+
+
+def _sum_of_taps(
+  image: np.ndarray, positions: np.ndarray, weights: np.ndarray, axis: int
+) -> np.ndarray:
+  """Rows or columns of the image at [4, new] positions, weighted; float32."""
+  shape = [1, 1, 1]
+  shape[axis] = -1
+  total = None
+  for index, weight in zip(positions, weights, strict=True):
+    tap = np.take(image, index, axis).astype(np.float32, copy=False)
+    tap *= weight.reshape(shape)
+    total = tap if total is None else np.add(total, tap, out=total)
+  return total
 
 
 def _cubic_weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:

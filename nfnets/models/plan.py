@@ -106,6 +106,12 @@ class Plan(NamedTuple):
     return last.channels
 
 
+def in_evaluation(plan: Plan) -> Plan:
+  """Without what counts in training alone: two are equal that compute alike."""
+  blocks = (block._replace(stochdepth_rate=0.0) for block in plan.blocks)
+  return plan._replace(drop_rate=0.0, blocks=tuple(blocks), classifier_std=0.0)
+
+
 def betas(stages: list[int], alpha: float) -> list[float]:
   """1 / the expected standard deviation of each block's input.
 
