@@ -57,7 +57,9 @@ build_environment() {
   fi
   python=$(find_python) || exit 1
   echo "Building the environment in $venv with $("$python" --version 2>&1)" >&2
-  rm -rf "$venv"
+  if [ -d "$venv" ]; then  # Weights and compiled programs stay.
+    find "$venv" -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} +
+  fi
   "$python" -m venv "$venv" || fail "could not create $venv"
   "$venv/bin/python" -m pip install --quiet \
     --constraint "$root/scripts/constraints.txt" --editable "$root$extras" ||

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SMALL, kill_when, read_rows, run_pod
@@ -398,6 +399,30 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
   assert [line[-5:] for line in lines[::3]] == ["3.png", "5.png", "7.png"]
   assert len(lines) == 9
   assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
+
+
+def test_a_device_that_is_too_small_is_told(monkeypatch, capsys):
+  """With what to do about it; whatever else XLA raises is no user's error."""
+  from nfnets import main
+
+  def too_large(args, rest):
+    jnp.zeros(2**46, jnp.uint8).block_until_ready()
+
+  monkeypatch.setattr(main, "_predict", too_large)
+  assert main.main(["predict", "x.png"]) == 1
+  found = capsys.readouterr().err
+  assert re.fullmatch(
+    r"nfnets predict: does not fit into the device's memory \(RESOURCE_EXHAU.*"
+    r"\); try a smaller --batch_size, or --precision=bfloat16\n",
+    found,
+  ), found
+
+  def broken(args, rest):
+    raise RuntimeError("INTERNAL: something else")
+
+  monkeypatch.setattr(main, "_predict", broken)
+  with pytest.raises(RuntimeError, match="something else"):
+    main.main(["predict", "x.png"])
 
 
 def test_the_first_run_of_the_readme_learns(nfnets, tmp_path):
