@@ -75,6 +75,11 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   return Mesh(np.array(devices), (AXIS,))
 
 
+def make_small_mesh() -> Mesh:
+  """Of one device; on several hosts, all of which must take part, of all."""
+  return make_mesh(None if jax.process_count() > 1 else 1)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
   """Raises `InputError` unless a batch divides into equal parts."""
   parts = mesh.size * accumulate

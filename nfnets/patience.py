@@ -1,10 +1,12 @@
 """Ending a run when nothing gets better, and keeping the best weights.
 
 What was best is read from the record of the run, so that a run that was killed
-decides as if it never was. Where its weights are not there (patience came
-later, or a run went back to an older checkpoint), the next evaluation is best.
+decides as if it never was. Where those weights are not there (patience came
+later, or a run went back to an older checkpoint), it counts from what is there.
 """
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,27 @@ class Patience:
 
   def __init__(self, workdir: Path, limit: int, *, step: int):
     self._path, self._limit = workdir / _BEST, limit
+    rows = [
+      row
+      for row in metrics.read(workdir)
+      if row["kind"] == "eval" and row["step"] <= step
+    ]
+    self._count(rows)
+    files = self._path, self._path.with_name("weights.safetensors")
+    kept = [pretrained.step_of(path) for path in files if path.exists()]
+    if self.best is None or {self.best["step"], None} & {*kept}:
+      return
+    for first in (*kept, math.inf):
+      self._count(row for row in rows if row["step"] >= first)
+      if self.best is not None and self.best["step"] == first:
+        return
+
+  def _count(self, rows: Iterable[metrics.Row]) -> None:
+    """Begins with these evaluations."""
     self._num_since = 0
     self.best: metrics.Row | None = None  # Of the record.
-    for row in metrics.read(workdir):
-      if row["kind"] == "eval" and row["step"] <= step:
-        self.add(row)
-    # In this order, as `go_on` makes the first the second, on another host too.
-    files = self._path.with_name("weights.safetensors"), self._path
-    kept = [pretrained.step_of(path) for path in files if path.exists()]
-    if self.best is not None and not {self.best["step"], None} & {*kept}:
-      self.best, self._num_since = None, 0
+    for row in rows:
+      self.add(row)
 
   def add(self, row: metrics.Row) -> bool:
     """Takes the next evaluation; whether it is the best."""
@@ -56,7 +69,9 @@ class Patience:
   def go_on(self) -> None:
     """Takes the weights of a run that was over, if they are the best so far."""
     finished = self._path.with_name("weights.safetensors")
-    if self.best and pretrained.step_of(finished) == self.best["step"]:
+    if self.best is None or not finished.exists():
+      return
+    if pretrained.step_of(finished) in (self.best["step"], None):
       finished.replace(self._path)
 
   def finish(self) -> bool:

@@ -106,8 +106,7 @@ def _load_workdir(
   # Here, as it takes long and weights files do without.
   from nfnets import checkpoint
 
-  is_pod = jax.process_count() > 1
-  model, mesh = card.make_model(), devices.make_mesh(None if is_pod else 1)
+  model, mesh = card.make_model(), devices.make_small_mesh()
   found = checkpoint.load_weights(workdir, model, mesh)
   return jax.device_get(found["ema_params" if is_average else "params"]), card
 

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -29,9 +28,11 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
     The config with what it starts from, and the folder.
   """
   config = config.copy_and_resolve_references()
-  is_round = workdir in cards.rounds_of(workdir.parent)
+  has_config = lambda folder: (folder / cards.CONFIG).is_file()
+  path = workdir.resolve()
+  is_round = has_config(path) and path in cards.rounds_of(path.parent)
   folders = [workdir] if is_round else cards.rounds_of(workdir)
-  folders = [f for f in folders if (f / cards.CONFIG).is_file()]
+  folders = list(filter(has_config, folders))
   if not folders:
     return config, workdir / "round_001"
   last = folders[-1]
@@ -86,7 +87,7 @@ def report(config: ConfigDict, folder: Path) -> None:
   )
   before[f"{r.model.plan.name}/~/linear"]["b"][~is_known] = _NEVER
 
-  mesh = devices.make_mesh(None if jax.process_count() > 1 else 1)
+  mesh = devices.make_small_mesh()
   eval_step = steps.make_eval_step(
     r.model, mesh, normalization=r.normalization, with_confusion=True
   )

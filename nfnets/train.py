@@ -102,14 +102,17 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
       patience is not None and patience.is_exhausted
     )
     if is_over and changes:
-      longer = "config.train.epochs"
-      if patience is not None and patience.is_exhausted:
-        longer = "config.train.patience"
+      limits = {
+        "config.train.epochs": start >= r.total_steps,
+        "config.train.patience": patience and patience.is_exhausted,
+      }
+      longer = " and ".join(key for key, is_met in limits.items() if is_met)
       raise InputError(
         f"{workdir} is complete after {start} steps, and this config differs "
         f"({', '.join(changes)}): choose another --workdir for a new run, or "
         f"raise {longer} to train this one for longer"
       )
+    devices.wait_for_hosts("files of the run")  # Read before one moves them.
     if is_first_host:
       recipe.save(r, workdir)
       if not is_over:  # No weights but those of a run that is complete.

@@ -325,8 +325,11 @@ def test_images_for_testing_must_be_labelled(tmp_path):
   _make_folder(tmp_path / "train", ("ant", "bee"), 3)
   _make_folder(tmp_path, ("test",), 2)  # test/0.jpg ...
   with pytest.raises(
-    InputError, match=r"test without images in class folders \(.*test/ant/x.jpg"
+    InputError, match=r"test holds no images in class folders, .*test/ant/x.jpg"
   ):
+    folder.scan(tmp_path, held_out_share=0.2)
+  _make_folder(tmp_path / "test", ("unknown",), 2)
+  with pytest.raises(InputError, match=r"test has classes that .*: unknown"):
     folder.scan(tmp_path, held_out_share=0.2)
   _make_folder(tmp_path / "val", ("bee",), 2)
   listing = folder.scan(tmp_path, held_out_share=0.2)

@@ -380,15 +380,35 @@ def test_the_best_are_weights_that_are_there(tmp_path):
   assert Patience(tmp_path, 1, step=3).best is None
   assert not Patience(tmp_path, 1, step=3).is_exhausted
   finished = tmp_path / "weights.safetensors"
-  for step, is_known in ((3, False), (2, True)):
+  # Weights of step 4 were left by a run that went back; older files say none.
+  for step, best in ((4, None), (3, 3), (2, 2), (None, 2)):
     pretrained.save(finished, {}, _card()._replace(step=step))
     patience = Patience(tmp_path, 1, step=3)
-    assert (patience.best is not None) == is_known
+    assert (patience.best and patience.best["step"]) == best
     patience.go_on()
-    assert finished.exists() != is_known
-  assert Patience(tmp_path, 1, step=3).best["step"] == 2
-  assert patience.finish()
-  assert pretrained.step_of(finished) == 2
+    assert finished.exists() == (best is None)
+    if best is not None:
+      assert Patience(tmp_path, 1, step=3).best["step"] == best
+      assert patience.finish()
+      assert pretrained.step_of(finished) == step
+
+
+def test_counting_from_weights_that_are_there_goes_on(tmp_path):
+  """Patience came after step 3: a start later decides as if there was none."""
+  values = (0.5, 0.9, 0.6, 0.7, 0.65, 0.64)
+  record = tmp_path / "metrics.jsonl"
+  for step, value in enumerate(values, start=1):
+    row = {"step": step, "kind": "eval", "ema_top1": value}
+    with record.open("a") as file:
+      file.write(json.dumps(row) + "\n")
+    if step < 3:
+      continue
+    patience = Patience(tmp_path, 2, step=step)
+    if step in (3, 4):
+      patience.save({}, _card()._replace(step=step))
+      patience = Patience(tmp_path, 2, step=step)
+    assert patience.best["step"] == min(step, 4)
+    assert patience.is_exhausted == (step == 6)
 
 
 def _card():

@@ -406,7 +406,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch, capsys):
   from nfnets import main
 
   def too_large(args, rest):
-    jnp.zeros(2**46, jnp.uint8).block_until_ready()
+    jnp.zeros(2**50, jnp.uint8).block_until_ready()
 
   monkeypatch.setattr(main, "_predict", too_large)
   assert main.main(["predict", "x.png"]) == 1

@@ -2,10 +2,9 @@
 
 `train/CLASS/x.jpg` with `test/`, `val/`, `valid/` or `validation/` beside
 `train/`; or just `CLASS/x.jpg`, of which a share is held out. Whether an image
-is, depends on its own name alone, so it stays where it is when others are added
-and no image that was trained on becomes one to test with. (In a class of a few
-images one at least is held out whatever its name, and it may move once; and a
-class's only image is trained on, until there are two.)
+is, depends on its own name alone, so it stays where it is when others are
+added. (But of a class's few images one at least is on either side, whatever its
+name; and its only one is trained on, until there are two.)
 """
 
 import hashlib
@@ -59,17 +58,16 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
 
   test_roots = [root / name for name in _HELD_OUT if (root / name).is_dir()]
   if train_root != root and test_roots:
+    by_root = {path: _by_class(path) for path in test_roots}
     # Others may hold images that nobody has labelled.
-    labelled = ((path, _by_class(path)) for path in test_roots)
-    test_root, held_out = next(
-      (pair for pair in labelled if any(pair[1].values())), (None, {})
-    )
-    if test_root is None:
+    is_labelled = lambda path: any(by_root[path].get(name) for name in names)
+    test_root = next(filter(is_labelled, test_roots), test_roots[0])
+    held_out = by_root[test_root]
+    if not any(held_out.values()):
       raise InputError(
-        f"{' and '.join(map(str, test_roots))} without images in class folders "
-        f"({test_roots[0] / names[0]}/x.jpg): sort those to test with into "
-        "such folders, or move the folder away, and give the one with "
-        "CLASS/x.jpg, of which a share is held out"
+        f"{test_root} holds no images in class folders, such as "
+        f"{test_root / names[0]}/x.jpg: sort those to test with into such, or "
+        f"move the folder away, and a share of {train_root} is held out"
       )
     if unknown := sorted(held_out.keys() - found.keys()):
       raise InputError(

@@ -100,6 +100,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
     raise InputError(
       f"{name} is not an image in a known format (or is damaged)"
     ) from None
+  except MemoryError:
+    raise
   # Pillow raises whatever it stumbles over in damaged tags.
   except Exception as e:
     raise InputError(f"{name} cannot be read as an image: {e}") from None
