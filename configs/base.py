@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
   config.data.tfds_name = placeholder(str)  # Of a TFDS set: imagenet2012.
   # Of a TFDS set, in the paper's words: train_and_valid is all training images,
   # valid the first 10,000 of them, train the rest, test the validation set.
+  # To test on valid, train on train.
   config.data.train_split = "train_and_valid"
   config.data.test_split = "test"
   # Share of the images for testing, where the data set does not say.
