@@ -88,7 +88,7 @@ def _imagenet(config: ConfigDict) -> ConfigDict:
 
   config.train.batch_size = 2048
   config.train.steps = 15_000
-  config.optim.lr_per_256 = 0.1 * 256 / 2048  # 0.1 whatever the batch size.
+  config.optim.lr_per_256 = 0.1 * 256 / 2048  # 0.1 for 2,048 images.
   config.optim.warmup_steps = 5000
   config.optim.weight_decay = 1e-5
   config.optim.sam_rho = 0.05

@@ -157,7 +157,10 @@ def adaptive_grad_clip(
   def parts(tree: Any) -> list[str]:
     """The part of each leaf, in the order of the leaves."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = ["/".join(str(key.key) for key in path) for path, _ in paths]
+    as_text = functools.partial(
+      jax.tree_util.keystr, simple=True, separator="/"
+    )
+    names = [as_text(path) for path, _ in paths]
     return [part_of(name) if part_of else "all" for name in names]
 
   def init(params):

@@ -7,6 +7,7 @@ final name only when its checksum is right.
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -20,6 +21,12 @@ from nfnets.errors import InputError
 
 _PIECE = 2**20  # Bytes.
 _SECONDS_OF_SILENCE = 30.0
+_OF_NETWORK = (
+  urllib.error.URLError,
+  http.client.HTTPException,
+  TimeoutError,
+  ConnectionError,
+)
 
 
 class Published(NamedTuple):
@@ -92,6 +99,9 @@ def fetch(name: str) -> Path:
         _check(path, entry, name)
       checked.write_text(entry.md5 + "\n")
   except OSError as error:
+    if path.is_file():  # Put there by someone else, who alone may write.
+      _check(path, entry, name)
+      return path
     raise InputError(
       f"{name} cannot be stored in {folder} ({error}): free some space, or "
       "name another folder in NFNETS_CACHE"
@@ -123,8 +133,8 @@ def _download(name: str, entry: Published, path: Path) -> None:
       pass
     else:
       raise _offline(name, entry, path, f"HTTP {error.code}") from None
-  except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-    reason = str(getattr(error, "reason", error))
+  except _OF_NETWORK as error:
+    reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise _offline(name, entry, path, reason) from None
   _check(partial, entry, name)
   os.replace(partial, path)
@@ -157,7 +167,7 @@ def _copy(name: str, answer, file, start: int) -> None:
   done, last_line = start, time.monotonic()
   with bar:
     task = bar.add_task(name, total=total, completed=start)
-    while piece := answer.read(_PIECE):
+    while piece := _read(answer):
       file.write(piece)
       done += len(piece)
       bar.update(task, completed=done)
@@ -168,6 +178,14 @@ def _copy(name: str, answer, file, start: int) -> None:
     raise ConnectionError(
       f"the connection ended after {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
     )
+
+
+def _read(answer) -> bytes:
+  """The next piece; what goes wrong here is no fault of the disk."""
+  try:
+    return answer.read(_PIECE)
+  except (OSError, http.client.HTTPException) as error:
+    raise ConnectionError(str(error) or type(error).__name__) from None
 
 
 def _offline(

@@ -52,7 +52,7 @@ def export(
   card = card._replace(source=card.source or str(source))
   write(out, params, card)
   text = out.with_name(f"{out.name}.md")
-  text.write_text(model_card(card, out, is_int8=is_int8))
+  text.write_text(model_card(card, out, is_int8=is_int8), encoding="utf-8")
   return [out, text]
 
 

@@ -8,6 +8,8 @@ number ...}`; evaluation names start with `raw_` (the trained weights) or `ema_`
 
 import json
 import os
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,6 @@ class Log:
   """
 
   def __init__(self, workdir: Path, *, step: int, is_writer: bool = True):
-    from tensorboardX import SummaryWriter
-
     self._is_writer = is_writer
     if not is_writer:
       return
@@ -34,9 +34,7 @@ class Log:
     kept = [row for row in read(workdir) if row["step"] <= step]
     _write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
     self._file = self._path.open("a")
-    self._board = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-    )
+    self._board: _Board | None = _Board(workdir / "tensorboard", step=step)
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Adds a row."""
@@ -45,14 +43,58 @@ class Log:
     row = {"step": step, "kind": kind, **values}
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(f"{kind}/{name}", value, step)
+    if self._board is None:
+      return
+    try:
+      named = {f"{kind}/{name}": value for name, value in values.items()}
+      self._board.write(step, named)
+    except OSError as error:
+      self._board = None
+      warnings.warn(
+        f"nothing more is written for TensorBoard ({error}); {self._path} goes "
+        "on",
+        stacklevel=2,
+      )
 
   def close(self) -> None:
     """Finishes both records."""
     if self._is_writer:
       self._file.close()
-      self._board.close()
+      if self._board is not None:
+        self._board.close()
+
+
+class _Board:
+  """TensorBoard's event files, written at once.
+
+  The library's own writer does it in a thread. When that has failed (no space
+  is left), whoever writes next waits for it for ever.
+  """
+
+  def __init__(self, folder: Path, *, step: int):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    folder.mkdir(exist_ok=True)
+    self._writer = EventsWriter(str(folder / "events"))
+    # Hides what a killed run wrote beyond its checkpoint.
+    self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Adds numbers by name."""
+    from tensorboardX.summary import scalar
+
+    for name, value in values.items():
+      self._add(step, summary=scalar(name, value))
+    self._writer.flush()
+
+  def _add(self, step: int, **what: Any) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
+
+  def close(self) -> None:
+    self._writer.close()
 
 
 def read(workdir: Path) -> list[Row]:

@@ -29,7 +29,7 @@ def prepare(path):
 
 images = np.stack([prepare("photo.jpg")])  # uint8 [N, {size}, {size}, 3]; any N
 {call}
-with open("{name}.md") as file:
+with open("{name}.md", encoding="utf-8") as file:
   card = json.loads(file.read().split("```json")[-1].split("```")[0])
 for values in probabilities:  # float32 [N, {num_classes}]
   for i in np.argsort(-values)[:5]:

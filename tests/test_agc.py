@@ -1,5 +1,7 @@
 """AGC: equal to optax bit for bit, its bound, its identity, its statistics."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,22 @@ def test_updates_are_those_of_optax(grad_scale, param_scale):
     np.testing.assert_allclose(
       compiled[name], theirs[name], rtol=1e-6, err_msg=name
     )
+
+
+def test_parameters_may_be_in_any_tree():
+  class Layer(NamedTuple):
+    w: jax.Array
+    b: jax.Array
+
+  tree = lambda seed, scale: [
+    Layer(_tree(seed, scale)["linear"], _tree(seed, scale)["vector"])
+  ]
+  params, grads = tree(0, 1.0), tree(1, 1.0)
+  ours, theirs = (
+    tx.update(grads, tx.init(params), params)[0]
+    for tx in (agc.adaptive_grad_clip(0.01), optax.adaptive_grad_clip(0.01))
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_stacked_parameters_are_clipped_one_by_one():

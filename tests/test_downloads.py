@@ -1,8 +1,10 @@
 """Published weights: from a server of the test's own into the cache."""
 
 import hashlib
+import http.client
 import http.server
 import pickle
+import ssl
 import threading
 
 import jax
@@ -142,6 +144,43 @@ def test_a_full_disk_on_the_way_is_one_line(server, monkeypatch):
   monkeypatch.setattr(downloads, "_copy", full)
   with pytest.raises(InputError, match=r"No space left.*NFNETS_CACHE"):
     downloads.fetch("published")
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    ssl.SSLError(1, "bad record mac"),
+    OSError(113, "No route to host"),
+    http.client.IncompleteRead(b""),
+  ],
+)
+def test_a_network_that_fails_on_the_way_is_not_the_disk(
+  server, monkeypatch, error
+):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(http.client.HTTPResponse, "read", fail)
+  with pytest.raises(InputError, match=r"could not be downloaded \(.*the same"):
+    downloads.fetch("published")
+
+
+def test_a_file_in_a_cache_that_cannot_be_written_is_taken(
+  server, tmp_path, monkeypatch
+):
+  path = tmp_path / "weights" / "tiny.npz"
+  path.parent.mkdir()
+  path.write_bytes(DATA)
+
+  def refuse(*_):
+    raise OSError(30, "Read-only file system")
+
+  monkeypatch.setattr(downloads.fcntl, "flock", refuse)
+  assert downloads.fetch("published") == path
+  path.write_bytes(b"something else")
+  with pytest.raises(InputError, match=r"is not the published file"):
+    downloads.fetch("published")
+  assert server.requests == []
 
 
 def test_the_table():

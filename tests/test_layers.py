@@ -1,5 +1,7 @@
 """Layers: properties of standardisation, activations and gates."""
 
+import re
+
 import haiku as hk
 import hypothesis
 import jax
@@ -53,6 +55,14 @@ def test_kernels_of_evaluation_are_those_of_training(
   np.testing.assert_allclose(
     layers.standardize(w, gain), trained, rtol=1e-5, atol=1e-6
   )
+
+
+def test_kernels_that_are_constants_are_not_summed_by_the_compiler():
+  """Which takes it minutes; they are where parameters are closed over."""
+  w = np.random.default_rng(0).standard_normal((3, 3, 16, 8), np.float32)
+  standardize = jax.jit(lambda gain: layers.standardize(w, gain))
+  text = standardize.lower(jnp.ones(8)).compile().as_text()
+  assert re.search(r"= \(f32\[\d+\]\S*, f32\[\d+\]\S*\) reduce", text)
 
 
 def test_standardization_has_a_floor_instead_of_a_summand():

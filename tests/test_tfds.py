@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,11 @@ def test_sets_that_are_not_there(data_dir, tmp_path):
     _load(tmp_path)
   with pytest.raises(InputError, match=r"unknown split 'tran': did you mean"):
     _load(data_dir, train_split="tran")
+  builder = tfds_source.open_builder(str(data_dir), "insects")
+  info = types.SimpleNamespace(name="insects", splits={"test": None})
+  with pytest.raises(InputError, match=r"no split to train on \(it has test\)"):
+    tfds_source.slice_of(types.SimpleNamespace(info=info), "train")
+  assert tfds_source.slice_of(builder, "train_and_valid") == "train"
 
 
 def test_a_tfrecord_set_gets_the_name_of_the_converter(data_dir, tmp_path):

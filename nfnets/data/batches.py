@@ -159,6 +159,7 @@ class ReadAhead:
   def __next__(self) -> Batch:
     item = self._queue.get()
     if isinstance(item, Exception):
+      self._queue.put(item)  # The thread has ended: for whoever asks again.
       raise item
     batch, self.position = item
     return batch

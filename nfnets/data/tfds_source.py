@@ -94,6 +94,11 @@ def slice_of(builder: Any, split: str) -> str:
         "--config.data.train_split=train"
       )
     return names[0]
+  if "train" not in splits:
+    raise InputError(
+      f"{builder.info.name} has no split to train on (it has "
+      f"{', '.join(splits)})"
+    )
   num_valid = min(_NUM_VALID, splits["train"].num_examples // 10)
   return {
     "train_and_valid": "train",
