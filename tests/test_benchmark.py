@@ -83,7 +83,7 @@ def test_training(environment, tmp_path):
 
 
 def test_inference(environment, tmp_path):
-  flags = f"--xla_dump_to={tmp_path / 'dump'}"
+  flags = f'--xla_dump_to="{tmp_path / "dump"}"'  # It may have a space.
   result, rows = _run_ours(
     environment,
     tmp_path,
