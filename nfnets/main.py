@@ -76,13 +76,18 @@ def main(argv: list[str] | None = None) -> int:
       is_value = not option.startswith("--") or option.startswith("--config.")
       if not (has_config and is_value):
         raise _no_option(parser, args.command, option)
-    return args.run(args, rest) or 0
+    code = args.run(args, rest) or 0
+    sys.stdout.flush()  # Here, where it may fail.
+    return code
   except UsageError as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     print(f"see `nfnets {args.command} --help`", file=sys.stderr)
     return 2
   except InputError as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
+    return 1
+  except BrokenPipeError:  # Who reads has enough, such as `head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except OSError as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)

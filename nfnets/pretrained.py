@@ -102,7 +102,7 @@ def _load_workdir(
   card = cards.of_workdir(workdir)
   finished = workdir / "weights.safetensors"
   if is_average and finished.is_file():
-    return load_file(finished)[0], card
+    return load_file(finished)
   # Here, as it takes long and weights files do without.
   from nfnets import checkpoint
 

@@ -401,6 +401,23 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
   assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
 
 
+def test_a_reader_that_has_enough_is_no_error(environment):
+  """As in `nfnets predict ... | head`: nothing is said of it."""
+  command = [sys.executable, "-m", "nfnets.main", "info"]
+  reading, writing = os.pipe()
+  os.close(reading)
+  result = subprocess.run(
+    command,
+    env=environment,
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
+  os.close(writing)
+  assert (result.returncode, result.stderr) == (1, "")
+
+
 def test_a_device_that_is_too_small_is_told(monkeypatch, capsys):
   """With what to do about it; whatever else XLA raises is no user's error."""
   from nfnets import main
