@@ -157,11 +157,12 @@ def adaptive_grad_clip(
   def parts(tree: Any) -> list[str]:
     """The part of each leaf, in the order of the leaves."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    if part_of is None:
+      return ["all"] * len(paths)
     as_text = functools.partial(
       jax.tree_util.keystr, simple=True, separator="/"
     )
-    names = [as_text(path) for path, _ in paths]
-    return [part_of(name) if part_of else "all" for name in names]
+    return [part_of(as_text(path)) for path, _ in paths]
 
   def init(params):
     zero = jnp.zeros((), jnp.float32)

@@ -83,13 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     print(f"see `nfnets {args.command} --help`", file=sys.stderr)
     return 2
-  except InputError as error:
-    print(f"nfnets {args.command}: {error}", file=sys.stderr)
-    return 1
   except BrokenPipeError:  # Who reads has enough, such as `head`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
-  except OSError as error:
+  except (InputError, OSError) as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     return 1
   except RuntimeError as error:

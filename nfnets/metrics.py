@@ -13,6 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
 from nfnets.errors import InputError
 
 Row = dict[str, Any]
@@ -72,9 +76,6 @@ class _Board:
   """
 
   def __init__(self, folder: Path, *, step: int):
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import SessionLog
-
     folder.mkdir(exist_ok=True)
     self._writer = EventsWriter(str(folder / "events"))
     # Hides what a killed run wrote beyond its checkpoint.
@@ -82,15 +83,11 @@ class _Board:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Adds numbers by name."""
-    from tensorboardX.summary import scalar
-
     for name, value in values.items():
       self._add(step, summary=scalar(name, value))
     self._writer.flush()
 
   def _add(self, step: int, **what: Any) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
     self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
 
   def close(self) -> None:

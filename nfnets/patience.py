@@ -27,14 +27,15 @@ class Patience:
 
   def __init__(self, workdir: Path, limit: int, *, step: int):
     self._path, self._limit = workdir / _BEST, limit
+    self._finished = workdir / "weights.safetensors"  # Of a run that is over.
     rows = [
       row
       for row in metrics.read(workdir)
       if row["kind"] == "eval" and row["step"] <= step
     ]
     self._count(rows)
-    files = self._path, self._path.with_name("weights.safetensors")
-    kept = [pretrained.step_of(path) for path in files if path.exists()]
+    files = filter(Path.exists, (self._path, self._finished))
+    kept = [pretrained.step_of(path) for path in files]
     if self.best is None or {self.best["step"], None} & {*kept}:
       return
     for first in (*kept, math.inf):
@@ -68,15 +69,13 @@ class Patience:
 
   def go_on(self) -> None:
     """Takes the weights of a run that was over, if they are the best so far."""
-    finished = self._path.with_name("weights.safetensors")
-    if self.best is None or not finished.exists():
+    if self.best is None or not self._finished.exists():
       return
-    if pretrained.step_of(finished) in (self.best["step"], None):
-      finished.replace(self._path)
+    if pretrained.step_of(self._finished) in (self.best["step"], None):
+      self._finished.replace(self._path)
 
   def finish(self) -> bool:
     """Makes the best weights those of the run; whether there are any."""
-    finished = self._path.with_name("weights.safetensors")
     if self._path.exists():
-      self._path.replace(finished)
-    return finished.exists()
+      self._path.replace(self._finished)
+    return self._finished.exists()

@@ -37,7 +37,7 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
     return config, workdir / "round_001"
   last = folders[-1]
   saved = recipe.load_config(last)
-  sizes = {
+  sizes = {  # Open ones stay those of the round; `fill` may take another.
     name: saved.data[name] if config.data[name] is None else config.data[name]
     for name in ("train_size", "test_size")
   }

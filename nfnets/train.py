@@ -98,19 +98,17 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     patience = None
     if config.train.patience is not None:
       patience = Patience(workdir, config.train.patience, step=start)
-    is_over = start >= r.total_steps or (
-      patience is not None and patience.is_exhausted
-    )
+    limits = {  # Whether each is reached.
+      "config.train.epochs": start >= r.total_steps,
+      "config.train.patience": patience is not None and patience.is_exhausted,
+    }
+    is_over = any(limits.values())
     if is_over and changes:
-      limits = {
-        "config.train.epochs": start >= r.total_steps,
-        "config.train.patience": patience and patience.is_exhausted,
-      }
-      longer = " and ".join(key for key, is_met in limits.items() if is_met)
+      reached = " and ".join(key for key, is_met in limits.items() if is_met)
       raise InputError(
         f"{workdir} is complete after {start} steps, and this config differs "
         f"({', '.join(changes)}): choose another --workdir for a new run, or "
-        f"raise {longer} to train this one for longer"
+        f"raise {reached} to train this one for longer"
       )
     devices.wait_for_hosts("files of the run")  # Read before one moves them.
     if is_first_host:
