@@ -33,32 +33,35 @@ Activation = Callable[[jax.Array], jax.Array]
 _GELU_FACTOR, _GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
 
 
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-  """GELU in its tanh approximation: x s(u), s the sigmoid.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, gain: float = 1.0) -> jax.Array:
+  """GELU in its tanh approximation times a gain: gain x s(u), s the sigmoid.
 
-  u = sqrt(8 / pi) (x + 0.044715 x³). Its derivative, s + x u' s (1 - s), is
-  written by hand, and computed in float32: a gradient keeps x alone, where that
-  which JAX derives keeps the hyperbolic tangent too, as large as x.
+  u = sqrt(8 / pi) (x + 0.044715 x³). Its derivative, gain times
+  s + x u' s (1 - s), is written by hand: a gradient keeps x alone, where that
+  which JAX derives keeps the hyperbolic tangent too, as large as x. Both are
+  computed in float32, and rounded once to the dtype of x.
   """
   y = _at_least_float32(x)
   if jax.default_backend() == "gpu":
     # Fewer instructions there than with a hyperbolic tangent.
-    return (y * _gelu_gate(y)).astype(x.dtype)
-  return jax.nn.gelu(y).astype(x.dtype)
+    return (y * (gain * _gelu_gate(y))).astype(x.dtype)
+  return (jax.nn.gelu(y) * gain).astype(x.dtype)
 
 
 def _gelu_gate(x: jax.Array) -> jax.Array:
-  return jax.nn.sigmoid(_GELU_FACTOR * (x + _GELU_CUBIC * x**3))
+  cubic = _GELU_FACTOR * _GELU_CUBIC
+  return jax.nn.sigmoid(x * (_GELU_FACTOR + cubic * x**2))
 
 
 @gelu.defjvp
-def _gelu_derivative(primals, tangents):
+def _gelu_derivative(gain, primals, tangents):
   (x,), (tangent,) = primals, tangents
   y = _at_least_float32(x)
   s = _gelu_gate(y)
-  slope = s + y * _GELU_FACTOR * (1 + 3 * _GELU_CUBIC * y**2) * s * (1 - s)
-  return gelu(x), tangent * slope.astype(x.dtype)
+  slope = y * (_GELU_FACTOR + 3 * _GELU_FACTOR * _GELU_CUBIC * y**2)  # x u'
+  slope = gain * (s + slope * s * (1 - s))
+  return gelu(x, gain), tangent * slope.astype(x.dtype)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
@@ -93,6 +96,8 @@ _GAINS: dict[str, tuple[Activation, float]] = {
 
 
 def _with_gain(function: Activation, gain: float) -> Activation:
+  if function is gelu:
+    return lambda x: gelu(x, gain)
   return lambda x: function(x) * gain
 
 

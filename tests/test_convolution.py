@@ -95,6 +95,9 @@ def _check_next_to_xlas_own(case, dtype, *, rtol, atol):
 @hypothesis.example(Case(2, 33, 34, 1, "same", 3, 2, 16, 2, "products"))
 @hypothesis.example(Case(6, 26, 26, 1, "same", 3, 2, 16, 2, "products"))
 @hypothesis.example(Case(6, 34, 33, 2, "symmetric", 5, 2, 16, 2, "products"))
+@hypothesis.example(Case(2, 12, 16, 2, "same", 3, 1, 3, 2, "cudnn"))
+@hypothesis.example(Case(1, 8, 6, 2, "same", 3, 1, 2, 2, "cudnn"))
+@hypothesis.example(Case(1, 8, 7, 2, "same", 3, 1, 3, 2, "cudnn"))
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 def test_forms_are_equal(case):
   # Sums of up to 70,000 products, in another order.
@@ -116,6 +119,23 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(
   set_amx(has_amx)
   case = Case(2, size, size, 1, "same", 3, 2, 4, 1, form)
   _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
+
+
+def test_cudnn_gets_channels_by_eights():
+  case = Case(2, 20, 16, 2, "same", 3, 1, 3, 4, "cudnn")
+  _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
+  x, w = jnp.zeros((2, 20, 16, 3)), jnp.zeros((3, 3, 3, 12))
+  convolve = lambda x, w: convolution.conv2d(x, w, stride=2, form="cudnn")
+  jaxpr = jax.make_jaxpr(convolve)(x, w)
+  (convolved,) = (
+    equation
+    for equation in jaxpr.eqns
+    if equation.primitive is jax.lax.conv_general_dilated_p
+  )
+  assert [v.aval.shape for v in convolved.invars] == [
+    (2, 11, 9, 16),
+    (2, 2, 16, 12),
+  ]
 
 
 @hypothesis.given(CASES)
