@@ -10,7 +10,6 @@ against timm's fastest setting.
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import os
 import signal
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import benchmark_options as options
 import benchmark_report as report
@@ -53,6 +52,7 @@ def say(text: str) -> None:
 class Place(NamedTuple):
   """Of one contestant in what is measured."""
 
+  model: Any  # None: it is no network's.
   what: str
   task: str
   contestant: str
@@ -86,7 +86,15 @@ class Benchmark:
     self.device = {"cpu": "cpu", "tpu": "tpu"}.get(ours["backend"], "gpu")
     self.machine = describe_machine() | ours
     self._find_timm()
-    args.batch = args.batch or options.BATCH[self.device]
+    batch = args.batch or [options.BATCH[self.device]]
+    if len(batch) == 1:
+      batch *= len(args.model)
+    if len(batch) != len(args.model):
+      raise FailedError(
+        f"--batch={','.join(map(str, batch))} is for {len(batch)} networks, "
+        f"--model names {len(args.model)}: give one number, or one for each"
+      )
+    args.batch = batch
     args.precision = args.precision or (
       "float32" if self.device == "cpu" else "bfloat16"
     )
@@ -140,13 +148,19 @@ class Benchmark:
     say(f"{self.machine['text']}; {self.machine['device']}; {versions}")
     frameworks = {"ours": "ours", "timm": "timm_nchw"}
     names = [frameworks[name] for name in self.commands]
-    self.measure(None, [Place("peak", "matmul", name) for name in names])
-    for model in self.models:
-      self._measure_tasks(model)
-      if "compile" in self.args.what:
-        for task in options.WHAT["compile"]:
-          self.compile("compile", task, model, self.contestants(task))
-          self.save()
+    self.measure([Place(None, "peak", "matmul", name) for name in names])
+    self._measure_tasks()
+    if "compile" in self.args.what:
+      for model, task in itertools.product(
+        self.models, options.WHAT["compile"]
+      ):
+        self.compile(
+          [
+            Place(model, "compile", task, name)
+            for name in self.contestants(task)
+          ]
+        )
+        self.save()
     if "input" in self.args.what:
       self.input()
     data = self.save()
@@ -171,12 +185,14 @@ class Benchmark:
     }
     return report.save(data, self.args.out)
 
-  def _row(self, place: Place, model) -> dict:
+  def _row(self, place: Place) -> dict:
     """Where the figures of a contestant go, beginning with its job."""
-    size = self.args.size or (model.variant.train_size if model else 0)
+    model, args = place.model, self.args
+    size = args.size or (model.variant.train_size if model else 0)
+    batch = args.batch[self.models.index(model)] if model else 0
     job = Job(
-      place.task, place.contestant, model.name if model else "",
-      self.args.batch, size, self.args.precision, self.device, self.args.depth,
+      place.task, place.contestant, model.name if model else "", batch, size,
+      args.precision, self.device, args.depth,
     )  # fmt: skip
     row = {"what": place.what} | job._asdict() | {"seconds": []}
     if model:
@@ -192,7 +208,7 @@ class Benchmark:
       variables["XLA_FLAGS"] = f"{given} {job.contestant}".strip()
     return Worker(self.commands[kind], job, **variables)
 
-  def _measure_tasks(self, model):
+  def _measure_tasks(self):
     """All but compilation: a task after the other, or all of them at once.
 
     On a TPU, which one process owns, a contestant after the other.
@@ -204,7 +220,8 @@ class Benchmark:
       for task in options.WHAT[what]
     }
     tasks = [
-      [Place(what, task, name) for name in self.contestants(task)]
+      [Place(model, what, task, name) for name in self.contestants(task)]
+      for model in self.models
       for task, what in wanted.items()
     ]
     places = list(itertools.chain.from_iterable(tasks))
@@ -213,28 +230,43 @@ class Benchmark:
     if self.device == "tpu":
       tasks = [[place] for place in places]
     for group in tasks:
-      self.measure(model, group)
+      self.measure(group)
 
-  def measure(self, model, places: list[Place]):
+  def measure(self, places: list[Place]):
     """Makes contestants ready, then times those of each task in turn."""
-    rows = [self._row(place, model) for place in places]
+    rows = [self._row(place) for place in places]
     with contextlib.ExitStack() as stack:
-      prepare = functools.partial(self._prepare, stack=stack)
-      workers = map(prepare, rows)
+      start = lambda row: stack.enter_context(
+        contextlib.closing(self._start(row))
+      )
       if self.args.at_once:
-        pool = stack.enter_context(
-          concurrent.futures.ThreadPoolExecutor(max(1, len(rows)))
-        )
-        workers = list(pool.map(prepare, rows))
+        workers = self._prepare_at_once(rows, list(map(start, rows)))
+      else:
+        workers = (self._prepare(row, start(row)) for row in rows)
       entries = [
         entry
         for row, worker in zip(rows, workers, strict=True)
         if worker and (entry := self._warm_up(row, worker))
       ]
-      task_of = lambda entry: (entry.row["what"], entry.row["task"])
+      task_of = lambda entry: [entry.row[x] for x in ("model", "what", "task")]
       for _, group in itertools.groupby(entries, task_of):
         self._time_in_turn(list(group))
         self.save()
+
+  def _prepare_at_once(
+    self, rows: list[dict], workers: list[Worker]
+  ) -> list[Worker | None]:
+    """All of them at the same time; those that take too long are left out."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(rows))) as pool:
+      futures = [
+        pool.submit(self._prepare, row, worker)
+        for row, worker in zip(rows, workers, strict=True)
+      ]
+      _, late = concurrent.futures.wait(futures, self.args.ready_in)
+      for worker, future in zip(workers, futures, strict=True):
+        if future in late:
+          worker.stop(f"not ready in {self.args.ready_in:g} s")
+      return [future.result() for future in futures]
 
   def _time_in_turn(self, entries: list[Entry]):
     for i in range(self.args.rounds):
@@ -245,9 +277,8 @@ class Benchmark:
       if "error" not in entry.row:
         self._finish(entry)
 
-  def _prepare(self, row: dict, stack: contextlib.ExitStack) -> Worker | None:
-    """Starts a contestant and has it compile."""
-    worker = stack.enter_context(contextlib.closing(self._start(row)))
+  def _prepare(self, row: dict, worker: Worker) -> Worker | None:
+    """Has a contestant compile."""
     try:
       row |= worker.ask("prepare")
     except FailedError as error:
@@ -295,13 +326,14 @@ class Benchmark:
     except FailedError as error:
       say(f"{_name(row)} {error}")
 
-  def compile(self, what: str, task: str, model, contestants: list[str]):
+  def compile(self, places: list[Place]):
     """Times compilations, each in a fresh process without any cache."""
     rows = []
-    for name in contestants:
+    for place in places:
+      name = place.contestant
       is_eager = name.startswith("timm") and name not in options.COMPILED
       if not is_eager and name != "folded":
-        rows.append(self._row(Place(what, task, name), model))
+        rows.append(self._row(place))
     rounds = min(self.args.rounds, MOST_COMPILATIONS)
     for i, row in itertools.product(range(rounds), rows):
       if "error" in row:

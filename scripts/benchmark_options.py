@@ -61,8 +61,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     help="blocks per stage, for a smaller network (default: the model's)",
   )  # fmt: skip
   add(
-    "--batch", type=int,
-    help="images per call (default: "
+    "--batch", type=lambda text: [int(x) for x in text.split(",")],
+    help="images per call; several: of each network (default: "
     + ", ".join(f"{n} on {name.upper()}" for name, n in BATCH.items()) + ")",
   )  # fmt: skip
   add(
@@ -103,8 +103,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   )  # fmt: skip
   add(
     "--at_once", action="store_true",
-    help="contestants of all tasks compile at the same time: for machines with "
-    "many cores, and memory for all",
+    help="contestants of all networks and tasks compile at the same time: for "
+    "machines with many cores, and memory for all",
+  )  # fmt: skip
+  add(
+    "--ready_in", type=float, metavar="SECONDS",
+    help="with --at_once: leave out who is not compiled by then",
   )  # fmt: skip
   add(
     "--as_found", action="store_true",
@@ -125,10 +129,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   for flags in args.xla_flags:
     if not flags.startswith("--xla_"):
       parser.error(f"--xla_flags={flags}: flags of XLA begin with --xla_")
-  for option in ("batch", "size", "rounds", "seconds"):
+  for option in ("size", "rounds", "seconds", "ready_in"):
     given = getattr(args, option)
     if given is not None and not given > 0:
       parser.error(f"--{option}={given} is not positive")
+  if args.batch and not min(args.batch) > 0:
+    parser.error(f"--batch={min(args.batch)} is not positive")
   if args.profile and not {"train", "step"} & {*args.what}:
     parser.error("--profile is of a train step: add train to --what")
   return args

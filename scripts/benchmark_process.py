@@ -44,6 +44,7 @@ class Worker:
       start_new_session=True,
     )
     self.pid = self._process.pid
+    self._why_stopped = ""
 
   @staticmethod
   def describe(command: list[str]) -> dict:
@@ -80,11 +81,19 @@ class Worker:
 
   def _last_words(self) -> str:
     code = self._process.wait()
+    if self._why_stopped:
+      return self._why_stopped
     if code == -signal.SIGKILL:
       return "was killed (out of memory?)"
     self._errors.seek(0)
     text = _last_line(self._errors.read().decode(errors="replace"))
     return text or f"ended with exit code {code}"
+
+  def stop(self, why: str) -> None:
+    """Ends the process; what it was asked for fails for that reason."""
+    self._why_stopped = why
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self.pid, signal.SIGKILL)
 
   def close(self) -> None:
     """Ends the process and all that it started."""

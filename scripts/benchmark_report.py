@@ -22,7 +22,12 @@ TEXTS = {
   "timm_nchw_compiled": "timm, NCHW, compiled",
   "timm_channels_last_compiled": "timm, channels_last, compiled",
 }
-TITLES = {"train": "Training", "infer": "Inference", "optimizer": "Optimiser"}
+TITLES = {
+  "train": "Training",
+  "infer": "Inference",
+  "compile": "Compilation",
+  "optimizer": "Optimiser",
+}
 TASKS = {
   "gradient": "gradient",
   "step": "whole step",
@@ -117,17 +122,15 @@ def to_markdown(data: dict) -> str:
   for (what, model), group in groupby(rows, lambda r: (r["what"], r["model"])):
     group = list(group)
     row = group[0]
-    depth = _depth(row)
-    if what == "compile":
-      parts += [f"## Compilation: {model}{depth}", _compile_table(group)]
-    else:
-      parts.append(
-        f"## {TITLES[what]}: {model}{depth}"
-        + f", {row['batch']} images of {row['size']} px, {row['precision']}"
-        * (what != "optimizer")
+    title = f"## {TITLES[what]}: {model}{_depth(row)}"
+    if what in ("train", "infer"):
+      title += (
+        f", {row['batch']} images of {row['size']} px, {row['precision']}"
       )
-      table = _update_table if what == "optimizer" else _speed_table
-      parts.append(table(group))
+    parts.append(title)
+    if any(row["seconds"] for row in group):
+      tables = {"compile": _compile_table, "optimizer": _update_table}
+      parts.append(tables.get(what, _speed_table)(group))
     parts += [
       f"{name_of(row['contestant'])}, {row['task']}: not measured, "
       f"{row['error']}"

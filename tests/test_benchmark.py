@@ -99,6 +99,30 @@ def test_inference(environment, tmp_path):
   assert any((tmp_path / "dump").iterdir())  # XLA was given them.
 
 
+def test_two_networks_at_once(environment, tmp_path):
+  """Each with its own number of images; the late one is left out."""
+  command = [sys.executable, SCRIPTS / "benchmark.py", "--at_once", *SMALL]
+  command += ["--model=nfnet_tiny,nf_resnet50", "--batch=2,1", "--rounds=1"]
+  command += ["--what=infer", "--skip=timm,xla,ours", f"--out={tmp_path}"]
+
+  def run(*options):
+    subprocess.run([*command, *options], env=environment, check=True)
+    data = json.loads((tmp_path / "benchmark.json").read_text())
+    return [row for row in data["rows"] if row["model"]]
+
+  rows = run()
+  assert [(row["model"], row["batch"]) for row in rows] == [
+    ("nfnet_tiny", 2),
+    ("nf_resnet50", 1),
+  ]
+  for row in rows:
+    _check(row, rounds=1)
+  late = run("--ready_in=0.1")
+  assert [row["error"] for row in late] == ["not ready in 0.1 s"] * 2
+  report = (tmp_path / "benchmark.md").read_text()
+  assert report.count("ours, folded, forward: not measured, not ready in") == 2
+
+
 @pytest.mark.timm
 def test_beside_timm(environment, tmp_path):
   """Ratios are taken round by round, to timm's fastest setting."""
