@@ -86,7 +86,8 @@ def cudnn(x, w, *, stride, groups, padding):
   cuDNN takes channels by eights, and is slow to make three into eight. So each
   2 x 2 pixels become one of four times as many channels, and channels of zeros
   make these a multiple; the kernel, enlarged to 4 x 4 by zeros, likewise, and
-  moves over them at stride one.
+  moves over them at stride one. (So a pixel that is not finite makes NaN of
+  neighbours that it does not belong to.)
   """
   num, height, width, channels = x.shape
   pads = _pads(x.shape, w.shape, stride, padding)
@@ -143,6 +144,7 @@ def portable(x, w, *, stride, groups, padding):
     x,
     w,
     cpu=functools.partial(products, **options),
+    cuda=functools.partial(cudnn, **options),
     default=functools.partial(xla, **options),
   )
 

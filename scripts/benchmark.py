@@ -86,15 +86,9 @@ class Benchmark:
     self.device = {"cpu": "cpu", "tpu": "tpu"}.get(ours["backend"], "gpu")
     self.machine = describe_machine() | ours
     self._find_timm()
-    batch = args.batch or [options.BATCH[self.device]]
-    if len(batch) == 1:
-      batch *= len(args.model)
-    if len(batch) != len(args.model):
-      raise FailedError(
-        f"--batch={','.join(map(str, batch))} is for {len(batch)} networks, "
-        f"--model names {len(args.model)}: give one number, or one for each"
-      )
-    args.batch = batch
+    args.batch = args.batch or [options.BATCH[self.device]]
+    if len(args.batch) == 1:
+      args.batch *= len(args.model)
     args.precision = args.precision or (
       "float32" if self.device == "cpu" else "bfloat16"
     )
@@ -248,7 +242,7 @@ class Benchmark:
         for row, worker in zip(rows, workers, strict=True)
         if worker and (entry := self._warm_up(row, worker))
       ]
-      task_of = lambda entry: [entry.row[x] for x in ("model", "what", "task")]
+      task_of = lambda entry: report.group_of(entry.row)
       for _, group in itertools.groupby(entries, task_of):
         self._time_in_turn(list(group))
         self.save()
@@ -262,7 +256,12 @@ class Benchmark:
         pool.submit(self._prepare, row, worker)
         for row, worker in zip(rows, workers, strict=True)
       ]
-      _, late = concurrent.futures.wait(futures, self.args.ready_in)
+      try:
+        _, late = concurrent.futures.wait(futures, self.args.ready_in)
+      except BaseException:  # Else the pool would wait for all of them.
+        for worker in workers:
+          worker.stop("stopped")
+        raise
       for worker, future in zip(workers, futures, strict=True):
         if future in late:
           worker.stop(f"not ready in {self.args.ready_in:g} s")

@@ -47,6 +47,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   words = lambda text: text.split(",")
+
+  def numbers(text: str) -> list[int]:
+    return [int(x) for x in words(text)]
+
   add = parser.add_argument
   add(
     "--what", type=words, default=["train", "infer", "compile"],
@@ -57,11 +61,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     help="one or several, such as nfnet_f0,nfnet_f1 (default: nfnet_f0)",
   )  # fmt: skip
   add(
-    "--depth", type=lambda text: [int(x) for x in text.split(",")],
+    "--depth", type=numbers,
     help="blocks per stage, for a smaller network (default: the model's)",
   )  # fmt: skip
   add(
-    "--batch", type=lambda text: [int(x) for x in text.split(",")],
+    "--batch", type=numbers,
     help="images per call; several: of each network (default: "
     + ", ".join(f"{n} on {name.upper()}" for name, n in BATCH.items()) + ")",
   )  # fmt: skip
@@ -135,6 +139,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
       parser.error(f"--{option}={given} is not positive")
   if args.batch and not min(args.batch) > 0:
     parser.error(f"--batch={min(args.batch)} is not positive")
+  if args.batch and len(args.batch) not in (1, len(args.model)):
+    parser.error(
+      f"--batch has {len(args.batch)} numbers, --model {len(args.model)} "
+      "networks: give one number, or one for each"
+    )
+  if args.ready_in and not args.at_once:
+    parser.error("--ready_in is for --at_once")
   if args.profile and not {"train", "step"} & {*args.what}:
     parser.error("--profile is of a train step: add train to --what")
   return args

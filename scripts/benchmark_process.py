@@ -105,7 +105,8 @@ class Worker:
         break
       except subprocess.TimeoutExpired:
         continue
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # Of what it did not read.
+      self._process.stdin.close()
     self._process.stdout.close()
     self._errors.close()
 

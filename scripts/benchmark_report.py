@@ -64,7 +64,7 @@ def summarize(data: dict) -> dict:
     if row["task"] == "matmul" and row["seconds"]:
       framework = "PyTorch" if row["contestant"].startswith("timm") else "JAX"
       peaks[framework] = row["flops"] / min(row["seconds"])
-  for _, group in groupby(rows, _group):
+  for _, group in groupby(rows, group_of):
     group = [row for row in group if row["seconds"]]
     baseline = _baseline(group)
     for row in group:
@@ -89,8 +89,14 @@ def name_of(contestant: str) -> str:
   return TEXTS.get(contestant) or f"ours, {contestant}"
 
 
-def _group(row: dict) -> tuple:
-  return row["what"], row["model"], row["task"]
+def group_of(row: dict) -> tuple:
+  """What a row is compared within."""
+  return *_section(row), row["task"]
+
+
+def _section(row: dict) -> tuple:
+  """Where a row stands in the report."""
+  return row["what"], row["model"], row["batch"]
 
 
 def _baseline(group: list[dict]) -> dict | None:
@@ -119,7 +125,7 @@ def to_markdown(data: dict) -> str:
   """The report in words and tables."""
   rows = [row for row in data["rows"] if row["task"] != "matmul"]
   parts = ["# Benchmark", _conditions(data)]
-  for (what, model), group in groupby(rows, lambda r: (r["what"], r["model"])):
+  for (what, model, _), group in groupby(rows, _section):
     group = list(group)
     row = group[0]
     title = f"## {TITLES[what]}: {model}{_depth(row)}"
@@ -320,7 +326,7 @@ def save_figure(data: dict, path: Path) -> None:
   from matplotlib.figure import Figure
 
   rows = [row for row in data["rows"] if "images_per_second" in row]
-  panels = [list(group) for _, group in groupby(rows, _group)]
+  panels = [list(group) for _, group in groupby(rows, group_of)]
   figure = Figure(
     figsize=(8, 0.9 + sum(0.75 + 0.34 * len(panel) for panel in panels)),
     layout="constrained",

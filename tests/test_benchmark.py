@@ -253,29 +253,60 @@ def test_a_worker_that_fails_says_so_in_a_line(scripts, code, text):
   worker.close()
 
 
+def test_a_worker_that_was_stopped_says_why(scripts):
+  import benchmark_process
+  from benchmark_worker import Job
+
+  job = Job("step", "ours", "nfnet_tiny", 2, 32, "float32", "cpu")
+  code = "print('{}', flush=True); input(); input()"
+  worker = benchmark_process.Worker([sys.executable, "-c", code], job)
+  assert worker.ask("prepare") == {}
+  worker.stop("not ready in time")
+  with pytest.raises(benchmark_process.FailedError, match="not ready in time"):
+    worker.ask("warm_up")
+  worker.close()
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_it_leaves_no_process(environment, tmp_path, how):
+  num, rest = _stop(environment, tmp_path, how, "round 2/1000", "--rounds=1000")
+  assert num == 2
+  assert "Traceback" not in rest
+
+
+def test_stopped_while_several_compile_it_waits_for_none(environment, tmp_path):
+  options = ("--at_once", "--what=step", "--skip=timm,xla", "--rounds=1")
+  _, rest = _stop(environment, tmp_path, signal.SIGINT, "round 1/1", *options)
+  assert "Traceback" not in rest
+  assert "compiled in" not in rest
+
+
+def _stop(environment, out, how, after, *options):
+  """Sends a signal after a line of progress.
+
+  Returns how many processes there were, and what was printed from then on.
+  """
   process = subprocess.Popen(
     [
       *(sys.executable, SCRIPTS / "benchmark.py", "--model=nfnet_tiny"),
-      *(*SMALL, "--skip=timm", f"--out={tmp_path}", "--rounds=1000"),
+      *(*SMALL, "--skip=timm", f"--out={out}", *options),
     ],
-    env=environment | {"BENCHMARK_TEST": str(tmp_path)},
+    env=environment | {"BENCHMARK_TEST": str(out)},
     stderr=subprocess.PIPE,
     text=True,
   )
   for line in process.stderr:
-    if "round 2/1000" in line:
+    if after in line:
       break
-  assert len(_processes_with(str(tmp_path))) == 2
+  num = len(_processes_with(str(out)))
   process.send_signal(how)
   rest = process.stderr.read()
   assert process.wait(timeout=60) == {signal.SIGINT: 130}.get(how, 143), rest
-  assert "Traceback" not in rest
   deadline = time.monotonic() + 10
-  while left := _processes_with(str(tmp_path)):
+  while left := _processes_with(str(out)):
     assert time.monotonic() < deadline, left
     time.sleep(0.1)
+  return num, rest
 
 
 def _processes_with(value):
@@ -298,6 +329,10 @@ def _processes_with(value):
     ("--what=train,speed", "--what=speed: use some of train, gradient, step"),
     ("--skip=torch", "--skip=torch: use some of timm, ours, folded"),
     ("--rounds=0", "--rounds=0 is not positive"),
+    ("--batch=a", "argument --batch: invalid numbers value: 'a'"),
+    ("--batch=2,0", "--batch=0 is not positive"),
+    ("--batch=2,1", "--batch has 2 numbers, --model 1 networks: give one"),
+    ("--ready_in=9", "--ready_in is for --at_once"),
     ("--xla_flags=fast", "--xla_flags=fast: flags of XLA begin with --xla_"),
     ("--model=nfnet_f9", "nfnet_f9"),
   ],

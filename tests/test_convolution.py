@@ -121,11 +121,12 @@ def test_forms_in_bfloat16_are_equal_to_its_rounding(
   _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
 
 
-def test_cudnn_gets_channels_by_eights():
+def test_cudnn_gets_channels_by_eights(monkeypatch):
   case = Case(2, 20, 16, 2, "same", 3, 1, 3, 4, "cudnn")
   _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   x, w = jnp.zeros((2, 20, 16, 3)), jnp.zeros((3, 3, 3, 12))
-  convolve = lambda x, w: convolution.conv2d(x, w, stride=2, form="cudnn")
+  convolve = lambda x, w: convolution.conv2d(x, w, stride=2)
   jaxpr = jax.make_jaxpr(convolve)(x, w)
   (convolved,) = (
     equation
@@ -293,6 +294,24 @@ def test_a_portable_program_has_the_form_of_each_platform():
   for platform, is_grouped in (("cpu", False), ("cuda", True), ("tpu", True)):
     exported = jax.export.export(convolve, platforms=[platform])(x, w)
     assert (grouped in exported.mlir_module()) == is_grouped, platform
+
+
+def test_a_portable_stem_takes_batches_of_any_size():
+  """On GPUs its images have channels by eights."""
+  (num,) = jax.export.symbolic_shape("n")
+  x, w = _normal(0, 5, 12, 16, 3), _normal(1, 3, 3, 3, 4)
+  shape = jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype)
+  convolve = lambda form: jax.jit(
+    lambda x, w: convolution.conv2d(x, w, stride=2, form=form)
+  )
+  kernels = {"cpu": "3x3x3x4", "cuda": "2x2x16x4", "tpu": "3x3x3x4"}
+  for platform, kernel in kernels.items():
+    export = jax.export.export(convolve("portable"), platforms=[platform])
+    assert f"tensor<{kernel}xf32>" in export(shape, w).mlir_module(), platform
+  exported = jax.export.export(convolve("cudnn"))(shape, w)
+  np.testing.assert_allclose(
+    exported.call(x, w), convolve("xla")(x, w), atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("size, channels", [(48, 16), (16, 64)])
