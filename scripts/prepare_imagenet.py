@@ -9,15 +9,29 @@ import shutil
 import sys
 from pathlib import Path
 
+from nfnets.data import tfds_source
+
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 NAME = "imagenet2012"
+SUFFIXES = ("array_record", "tfrecord")  # Of shards, new and old.
+NUM_EXAMPLES = {"train": 1_281_167, "validation": 50_000}
 
 
 def main() -> None:
   """Prepares or converts, then counts."""
   args = parse()
-  builder = prepare(args.tars, args.out) if args.tars else convert(args.convert)
-  check(builder, {"train": args.num_train, "validation": args.num_validation})
+  if args.tars:
+    again = "compare the tar files with the checksums on image-net.org"
+    builder = prepare(args.tars, args.out)
+    again += f", delete {builder.data_path} and start again"
+    expect(builder, args, again)
+  else:
+    builder = open_prepared(args.convert)
+    expect(builder, args, "the set that is to be converted has no more")
+    builder = convert(args.convert)
+    again = "delete them and start again: they are converted once more"
+  check_shards(builder, again)
+  say(f"done: {builder.data_path}")
 
 
 def parse() -> argparse.Namespace:
@@ -49,14 +63,14 @@ def parse() -> argparse.Namespace:
   parser.add_argument(
     "--num_train",
     type=int,
-    default=1_281_167,
-    help="images that the training set should have (default: %(default)s)",
+    help="images that the training set should have (default for imagenet2012: "
+    "1281167)",
   )
   parser.add_argument(
     "--num_validation",
     type=int,
-    default=50_000,
-    help="images that the validation set should have (default: %(default)s)",
+    help="images that the validation set should have (default for "
+    "imagenet2012: 50000)",
   )
   args = parser.parse_args()
   if bool(args.tars) != bool(args.out):
@@ -76,15 +90,26 @@ def prepare(tars: Path, out: Path):
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(NAME, data_dir=str(out))
-  if builder.data_path.exists():
+  path = Path(builder.data_path)
+  if (path / "dataset_info.json").is_file():
     if "array_record" not in formats_of(builder):
       fail(
-        f"{builder.data_path} is there already as {formats_of(builder)[0]}: "
-        f"convert it with --convert={builder.data_path}, or choose another "
-        "--out"
+        f"{path} is there already as {formats_of(builder)[0]}: convert it with "
+        f"--convert={path}, or choose another --out"
       )
-    say(f"{builder.data_path} is there already")
+    say(f"{path} is there already")
     return builder
+  if path.exists():
+    fail(
+      f"{path} is there, but no finished set (it has no dataset_info.json): "
+      "move it away, or choose another --out"
+    )
+  for left in path.parent.glob("incomplete.*"):
+    size = sum(f.stat().st_size for f in left.rglob("*") if f.is_file())
+    say(
+      f"{left} was left by a run that was killed: {size / 1e9:.0f} GB that can "
+      "be deleted"
+    )
   # The examples are sorted on disk before they reach the set.
   need_space(out, 2 * sum((tars / name).stat().st_size for name in TARS))
   builder = tfds.builder(NAME, data_dir=str(out), file_format="array_record")
@@ -96,8 +121,8 @@ def prepare(tars: Path, out: Path):
   return builder
 
 
-def convert(version_dir: Path):
-  """Runs TFDS's own converter: adds a second format to a prepared set."""
+def open_prepared(version_dir: Path):
+  """The set in a folder that may be written to."""
   if not (version_dir / "dataset_info.json").is_file():
     fail(
       f"{version_dir} is no prepared TFDS set (no dataset_info.json): give "
@@ -107,45 +132,89 @@ def convert(version_dir: Path):
     fail(f"{version_dir} cannot be written to: copy it to where you may write")
 
   import tensorflow_datasets as tfds
-  from tensorflow_datasets.scripts.cli import convert_format_utils
 
-  load = lambda: tfds.builder_from_directory(str(version_dir))
-  if "array_record" not in formats_of(load()):
-    need_space(
-      version_dir, sum(path.stat().st_size for path in version_dir.iterdir())
+  return tfds.builder_from_directory(str(version_dir))
+
+
+def convert(version_dir: Path):
+  """Adds a second format to a prepared set, or what is missing of it."""
+  builder = open_prepared(version_dir)
+  if missing := tfds_source.missing_shards(builder):
+    from tensorflow_datasets.scripts.cli import convert_format_utils
+
+    for left in version_dir.glob("*incomplete.*"):
+      left.unlink()  # Of a run that was killed.
+    old = [version_dir / p.name.replace(*SUFFIXES) for p in missing]
+    if absent := [path.name for path in old if not path.is_file()]:
+      fail(
+        f"{version_dir} lacks {len(absent)} of its shards, as "
+        f"{absent[0]}: copy them there"
+      )
+    need_space(version_dir, sum(path.stat().st_size for path in old))
+    say(
+      f"Converting {len(missing)} shards of {version_dir}; stopped, it goes on "
+      "with the next shard"
     )
-    say(f"Converting {version_dir}; stopped, it goes on with the next shard")
     convert_format_utils.convert_dataset(
       dataset_version_dir=str(version_dir.absolute()),
       out_dir=None,  # Beside the old shards: elsewhere, labels are left behind.
       out_file_format="array_record",
       num_workers=1,  # Threads of the converter hide its errors.
     )
-  if "array_record" not in formats_of(load()):
-    fail(
-      "the converter did not finish: delete *.array_record-* in "
-      f"{version_dir} and start again"
-    )
-  return load()
+    if missing := tfds_source.missing_shards(builder):
+      fail(
+        f"{len(missing)} shards were not converted (see above), as "
+        f"{missing[0].name}; those that were are kept: start again"
+      )
+  if "array_record" not in formats_of(builder):
+    # A run was killed after the last shard.
+    from tensorflow_datasets.core import dataset_info
+
+    info = dataset_info.read_proto_from_builder_dir(version_dir)
+    if "array_record" not in info.alternative_file_formats:
+      info.alternative_file_formats.append("array_record")
+      dataset_info.write_dataset_info_proto(info, dataset_info_dir=version_dir)
+  return open_prepared(version_dir)
 
 
-def check(builder, expected: dict[str, int]) -> None:
+def expect(builder, args: argparse.Namespace, again: str) -> None:
   """Compares the numbers of examples with those of the published set."""
+  wanted = {"train": args.num_train, "validation": args.num_validation}
   splits = builder.info.splits
-  found = {
-    name: splits[name].num_examples if name in splits else 0
-    for name in expected
-  }
-  for name, num in found.items():
-    say(f"{name}: {num:,} images, {expected[name]:,} expected")
-  if found != expected:
+  for name in dict.fromkeys([*wanted, *splits]):
+    found = splits[name].num_examples if name in splits else 0
+    expected = wanted.get(name)
+    if expected is None and builder.info.name == NAME:
+      expected = NUM_EXAMPLES.get(name)
+    if expected is None:
+      say(f"{name}: {found:,} images")
+      continue
+    say(f"{name}: {found:,} images, {expected:,} expected")
+    if found != expected:
+      fail(
+        f"{builder.data_path} is not the whole of {builder.info.name}: "
+        f"{again}, or say how many there should be (--num_train, "
+        "--num_validation)"
+      )
+
+
+def check_shards(builder, again: str) -> None:
+  """Compares the files with what the set says of itself."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  damaged = []
+  for path, num in tfds_source.shards(builder):
+    try:
+      found = ArrayRecordReader(str(path)).num_records()
+    except RuntimeError:
+      found = None
+    if found != num:
+      damaged.append(path.name)
+  if damaged:
     fail(
-      f"{builder.data_path} is not the whole of ImageNet: compare the tar "
-      "files with the checksums on image-net.org, delete that folder and "
-      "start again, or say how many there should be (--num_train, "
-      "--num_validation)"
+      f"{builder.data_path} has {len(damaged)} damaged or missing shards "
+      f"({', '.join(damaged[:3])}{', ...' * (len(damaged) > 3)}): {again}"
     )
-  say(f"done: {builder.data_path}")
 
 
 def formats_of(builder) -> list[str]:

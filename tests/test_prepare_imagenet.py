@@ -20,7 +20,7 @@ import pytest
 from conftest import SMALL, kill_when, read_rows
 from PIL import Image
 
-from nfnets.data import sources
+from nfnets.data import imagenet, sources
 from nfnets.data.source import Sizes
 
 pytestmark = pytest.mark.tensorflow
@@ -130,12 +130,14 @@ def test_every_image_arrives_with_its_label(prepared):
   read = source.train.read(np.arange(NUM_TRAIN), None)
   assert read.is_good.all()
   names = np.array(source.class_names)[read.labels]
-  for synset, kinds in TRAIN.items():
-    assert (names == synset).sum() == len(kinds)
+  words = imagenet.readable([*TRAIN])
+  for name, kinds in zip(words, TRAIN.values(), strict=True):
+    assert (names == name).sum() == len(kinds)
   # TFDS's list of validation labels is in the order of the sorted names.
   expected = ["n01751748", "n09193705", "n02105855", "n04263257", "n03125729"]
   read = source.test.read(np.arange(NUM_VALIDATION), None)
-  assert set(expected) <= set(np.array(source.class_names)[read.labels])
+  found = set(np.array(source.class_names)[read.labels])
+  assert set(imagenet.readable(expected)) <= found
 
 
 def test_a_conversion_holds_the_same_examples(prepared, tfrecords, tmp_path):
@@ -157,6 +159,50 @@ def test_a_conversion_holds_the_same_examples(prepared, tfrecords, tmp_path):
     assert (a.images == b.images).all()
 
 
+def test_a_conversion_is_mended(prepared, tfrecords, tmp_path):
+  """Whatever is missing of it is made once more, and nothing else."""
+  copy = tmp_path / "imagenet2012" / "5.1.0"
+  shutil.copytree(tfrecords, copy)
+  info = (copy / "dataset_info.json").read_bytes()
+  assert _prepare(f"--convert={copy}", *COUNTS).returncode == 0
+  (shard,) = copy.glob("*validation.array_record*")
+  whole = shard.read_bytes()
+
+  shard.unlink()
+  (copy / f"incomplete.ABC.{shard.name}").write_bytes(b"of a killed run")
+  result = _prepare(f"--convert={copy}", *COUNTS)
+  assert result.returncode == 0, result.stderr
+  assert "Converting 1 shards of " in result.stdout
+  assert shard.read_bytes() == whole
+  assert not list(copy.glob("incomplete*"))
+
+  # Killed after the last shard.
+  (copy / "dataset_info.json").write_bytes(info)
+  result = _prepare(f"--convert={copy}", *COUNTS)
+  assert result.returncode == 0, result.stderr
+  assert "Converting" not in result.stdout
+  assert _load(tmp_path).test.num_examples == NUM_VALIDATION
+
+  shard.write_bytes(whole[: len(whole) // 2])
+  result = _prepare(f"--convert={copy}", *COUNTS)
+  assert result.returncode == 1
+  assert f"1 damaged or missing shards ({shard.name}): " in result.stderr
+
+
+def test_a_set_of_another_name_is_converted(tfrecords, tmp_path):
+  """Nothing is known of how many images it should have."""
+  copy = tmp_path / "photos" / "5.1.0"
+  copy.mkdir(parents=True)
+  for path in tfrecords.iterdir():
+    data = path.read_bytes()
+    if path.suffix == ".json":
+      data = data.replace(b"imagenet2012", b"photos")
+    (copy / path.name.replace("imagenet2012", "photos")).write_bytes(data)
+  result = _prepare(f"--convert={copy}")
+  assert result.returncode == 0, result.stderr
+  assert f"train: {NUM_TRAIN} images\n" in result.stdout
+
+
 def test_what_can_go_wrong(tars, prepared, tfrecords, tmp_path):
   result = _prepare(f"--tars={tmp_path}", f"--out={tmp_path}")
   assert result.returncode == 1
@@ -164,12 +210,26 @@ def test_what_can_go_wrong(tars, prepared, tfrecords, tmp_path):
   result = _prepare(f"--tars={tars}", f"--out={prepared}")
   assert result.returncode == 1
   assert f"train: {NUM_TRAIN} images, 1,281,167 expected" in result.stdout
-  assert "is not the whole of ImageNet" in result.stderr
+  assert "is not the whole of imagenet2012" in result.stderr
   result = _prepare(f"--tars={tars}", f"--out={tfrecords.parent.parent}")
   assert result.returncode == 1
   assert (
     "is there already as tfrecord: convert it with --convert=" in result.stderr
   )
+  result = _prepare(f"--convert={tfrecords}")  # Said before hours of work.
+  assert result.returncode == 1
+  assert "the set that is to be converted has no more" in result.stderr
+  assert "delete" not in result.stderr
+  assert not list(tfrecords.glob("*array_record*"))
+  unfinished = tmp_path / "out" / "imagenet2012" / "5.1.0"
+  unfinished.mkdir(parents=True)
+  result = _prepare(f"--tars={tars}", f"--out={tmp_path / 'out'}")
+  assert result.returncode == 1
+  assert "is there, but no finished set" in result.stderr
+  unfinished.rename(unfinished.parent / "incomplete.ABC_5.1.0")
+  result = _prepare(f"--tars={tars}", f"--out={tmp_path / 'out'}", *COUNTS)
+  assert result.returncode == 0, result.stderr
+  assert "incomplete.ABC_5.1.0 was left by a run that was" in result.stdout
   result = _prepare(f"--convert={tmp_path}")
   assert "is no prepared TFDS set" in result.stderr
   result = _prepare(f"--tars={tars}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import types
 
@@ -111,6 +112,25 @@ def test_sets_that_are_not_there(data_dir, tmp_path):
   with pytest.raises(InputError, match=r"no split to train on \(it has test\)"):
     tfds_source.slice_of(types.SimpleNamespace(info=info), "train")
   assert tfds_source.slice_of(builder, "train_and_valid") == "train"
+
+
+def test_files_that_are_missing_or_damaged(data_dir, tmp_path):
+  shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+  (shard,) = tmp_path.rglob("*train.array_record*")
+  data = bytearray(shard.read_bytes())
+  middle = len(data) // 2
+  data[middle : middle + 6000] = bytes(6000)
+  shard.write_bytes(data)
+  source = _load(tmp_path)
+  read = source.train.read(np.arange(40), None)
+  assert 0 < read.is_good.sum() < 40
+  with pytest.raises(InputError, match=r"train_and_valid \[\d+\]: .*Corrupted"):
+    _load(tmp_path, max_broken=1).train.read(np.arange(40), None)
+  shard.unlink()
+  with pytest.raises(
+    InputError, match=f"lacks 1 of its files, as {shard.name}"
+  ):
+    _load(tmp_path)
 
 
 def test_a_tfrecord_set_gets_the_name_of_the_converter(data_dir, tmp_path):
