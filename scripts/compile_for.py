@@ -68,7 +68,7 @@ class Plan(NamedTuple):
   temporary_bytes: int
   kernels: int  # A GPU's.
   moved: collections.Counter  # Bytes by kind of kernel, if no cache has any.
-  cycles: int  # A TPU's, by its compiler's own estimate.
+  cycles: int | None  # A TPU's, by its compiler's own estimate.
 
 
 def compile_step(device: str, options: argparse.Namespace, name: str) -> Plan:
@@ -91,14 +91,16 @@ def compile_step(device: str, options: argparse.Namespace, name: str) -> Plan:
   memory = compiled.memory_analysis()
   text = compiled.as_text()
   moved, kernels = _count(text)
-  cycles = re.findall(r'"estimated_cycles":"(\d+)"', text)
+  cycles = None
+  if platform == "tpu" and not options.scan:  # It counts one turn of a loop.
+    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
   return Plan(
     seconds,
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes,
     kernels,
     moved,
-    sum(map(int, cycles)),
+    cycles,
   )
 
 
@@ -280,16 +282,27 @@ def _parse() -> argparse.Namespace:
     "takes minutes, its own estimate of cycles.",
   )
   words = lambda text: text.split(",")
+
+  def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+      raise ValueError
+    return number
+
   parser.add_argument(
     "--device", type=words, default=["h100"], help=", ".join([*GPUS, *TPUS])
   )
   parser.add_argument("--model", type=words, default=["nfnet_f0"])
-  parser.add_argument("--batch", type=int, default=32, help="on each device")
-  parser.add_argument("--size", type=int, help="pixels; default: the model's")
-  parser.add_argument("--num_devices", type=int, default=1, help="TPUs: to 4")
+  number = {"type": positive, "metavar": "N"}
+  parser.add_argument("--batch", default=32, help="on each device", **number)
+  parser.add_argument("--size", help="pixels; default: the model's", **number)
+  parser.add_argument("--num_devices", default=1, help="TPUs: to 4", **number)
   parser.add_argument("--precision", default="bfloat16")
   parser.add_argument("--remat", default="none", help="none, blocks, stages")
-  parser.add_argument("--scan", action="store_true", help="blocks as a loop")
+  parser.add_argument(
+    "--scan",
+    action="store_true",
+    help="blocks as a loop, whose cycles on a TPU are not known",
+  )
   parser.add_argument(
     "--packed",
     action=argparse.BooleanOptionalAction,
@@ -299,6 +312,8 @@ def _parse() -> argparse.Namespace:
     "--kinds", type=int, default=0, help="list so many kinds of kernels"
   )
   options = parser.parse_args()
+  if options.scan and options.packed:
+    parser.error("--packed: with --scan equal blocks' parameters are stacked")
   if unknown := set(options.device) - {*GPUS, *TPUS}:
     parser.error(
       f"--device: {', '.join(sorted(unknown))} is none of "
@@ -328,7 +343,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
       moved = sum(plan.moved.values()) / 1e9
       of_gpu = f"{plan.kernels} | {moved:.2f} | "
-      of_tpu = f"| | {plan.cycles / 1e6:.1f}"
+      of_tpu = f"| | {plan.cycles / 1e6:.1f}" if plan.cycles else "| | "
       print(
         f"| {device} | {name} | {options.batch} | {plan.kept_bytes / 1e9:.2f} "
         f"| {plan.temporary_bytes / 1e9:.2f} "

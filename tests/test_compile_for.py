@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,27 @@ def test_a_step_for_four_chips_of_a_tpu():
   )
   assert (device, kernels, moved) == ("v5e", "", "")
   assert float(cycles) > 0
+
+
+@pytest.mark.compilers
+def test_cycles_of_a_loop_are_not_given():
+  *_, cycles, _ = _plan("--device=v5e", "--scan")
+  assert cycles == ""
+
+
+@pytest.mark.parametrize(
+  ("options", "text"),
+  [
+    (["--batch=0"], "argument --batch: invalid positive value: '0'"),
+    (["--scan", "--packed"], "--packed: with --scan equal blocks'"),
+  ],
+)
+def test_wrong_options_are_named(environment, options, text):
+  result = subprocess.run(
+    [sys.executable, SCRIPT.with_suffix(".py"), *options],
+    capture_output=True,
+    text=True,
+    env=environment,
+  )
+  assert result.returncode == 2
+  assert text in result.stderr
