@@ -95,9 +95,7 @@ def cudnn(x, w, *, stride, groups, padding):
   if channels > _FEW_CHANNELS or groups > 1 or not is_halved:
     return xla(x, w, stride=stride, groups=groups, padding=padding)
   more = -4 * channels % 8
-  # [N, H / 2 + 1, 2, W / 2 + 1, 2, C], of two more rows and columns.
-  x = jnp.pad(x, ((0, 0), (0, 2), (0, 2), (0, 0)))
-  x = x.reshape(num, height // 2 + 1, 2, width // 2 + 1, 2, channels)
+  x = x.reshape(num, height // 2, 2, width // 2, 2, channels)
   x = x.transpose(0, 1, 3, 2, 4, 5)
   x = x.reshape(*x.shape[:3], 4 * channels)
   x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
@@ -105,13 +103,7 @@ def cudnn(x, w, *, stride, groups, padding):
   w = w.reshape(2, 2, 2, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
   w = w.reshape(2, 2, 4 * channels, -1)
   w = jnp.pad(w, ((0, 0), (0, 0), (0, more), (0, 0)))
-  return jax.lax.conv_general_dilated(
-    x,
-    w.astype(x.dtype),
-    window_strides=(1, 1),
-    padding="VALID",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+  return xla(x, w, stride=1, groups=1, padding="same")
 
 
 def split(x, w, *, stride, groups, padding):

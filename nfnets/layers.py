@@ -30,7 +30,8 @@ from nfnets.initial import Draw
 Activation = Callable[[jax.Array], jax.Array]
 
 
-_GELU_FACTOR, _GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
+_GELU_LINEAR = math.sqrt(8 / math.pi)
+_GELU_CUBIC = _GELU_LINEAR * 0.044715
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -50,8 +51,7 @@ def gelu(x: jax.Array, gain: float = 1.0) -> jax.Array:
 
 
 def _gelu_gate(x: jax.Array) -> jax.Array:
-  cubic = _GELU_FACTOR * _GELU_CUBIC
-  return jax.nn.sigmoid(x * (_GELU_FACTOR + cubic * x**2))
+  return jax.nn.sigmoid(x * (_GELU_LINEAR + _GELU_CUBIC * x**2))
 
 
 @gelu.defjvp
@@ -59,7 +59,7 @@ def _gelu_derivative(gain, primals, tangents):
   (x,), (tangent,) = primals, tangents
   y = _at_least_float32(x)
   s = _gelu_gate(y)
-  slope = y * (_GELU_FACTOR + 3 * _GELU_FACTOR * _GELU_CUBIC * y**2)  # x u'
+  slope = y * (_GELU_LINEAR + 3 * _GELU_CUBIC * y**2)  # x u'
   slope = gain * (s + slope * s * (1 - s))
   return gelu(x, gain), tangent * slope.astype(x.dtype)
 

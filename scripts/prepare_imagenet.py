@@ -13,7 +13,6 @@ from nfnets.data import tfds_source
 
 TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 NAME = "imagenet2012"
-SUFFIXES = ("array_record", "tfrecord")  # Of shards, new and old.
 NUM_EXAMPLES = {"train": 1_281_167, "validation": 50_000}
 
 
@@ -21,14 +20,16 @@ def main() -> None:
   """Prepares or converts, then counts."""
   args = parse()
   if args.tars:
-    again = "compare the tar files with the checksums on image-net.org"
     builder = prepare(args.tars, args.out)
-    again += f", delete {builder.data_path} and start again"
+    again = (
+      "compare the tar files with the checksums on image-net.org, delete "
+      f"{builder.data_path} and start again"
+    )
     expect(builder, args, again)
   else:
     builder = open_prepared(args.convert)
     expect(builder, args, "the set that is to be converted has no more")
-    builder = convert(args.convert)
+    convert(builder)
     again = "delete them and start again: they are converted once more"
   check_shards(builder, again)
   say(f"done: {builder.data_path}")
@@ -136,15 +137,19 @@ def open_prepared(version_dir: Path):
   return tfds.builder_from_directory(str(version_dir))
 
 
-def convert(version_dir: Path):
+def convert(builder) -> None:
   """Adds a second format to a prepared set, or what is missing of it."""
-  builder = open_prepared(version_dir)
+  version_dir = Path(builder.data_path)
   if missing := tfds_source.missing_shards(builder):
     from tensorflow_datasets.scripts.cli import convert_format_utils
 
     for left in version_dir.glob("*incomplete.*"):
       left.unlink()  # Of a run that was killed.
-    old = [version_dir / p.name.replace(*SUFFIXES) for p in missing]
+    suffix = builder.info.file_format.file_suffix
+    old = [
+      path.with_name(path.name.replace("array_record", suffix))
+      for path in missing
+    ]
     if absent := [path.name for path in old if not path.is_file()]:
       fail(
         f"{version_dir} lacks {len(absent)} of its shards, as "
@@ -166,27 +171,24 @@ def convert(version_dir: Path):
         f"{len(missing)} shards were not converted (see above), as "
         f"{missing[0].name}; those that were are kept: start again"
       )
-  if "array_record" not in formats_of(builder):
-    # A run was killed after the last shard.
-    from tensorflow_datasets.core import dataset_info
+  from tensorflow_datasets.core import dataset_info
 
-    info = dataset_info.read_proto_from_builder_dir(version_dir)
-    if "array_record" not in info.alternative_file_formats:
-      info.alternative_file_formats.append("array_record")
-      dataset_info.write_dataset_info_proto(info, dataset_info_dir=version_dir)
-  return open_prepared(version_dir)
+  info = dataset_info.read_proto_from_builder_dir(version_dir)
+  if "array_record" not in (info.file_format, *info.alternative_file_formats):
+    # A run was killed after the last shard.
+    info.alternative_file_formats.append("array_record")
+    dataset_info.write_dataset_info_proto(info, dataset_info_dir=version_dir)
 
 
 def expect(builder, args: argparse.Namespace, again: str) -> None:
   """Compares the numbers of examples with those of the published set."""
-  wanted = {"train": args.num_train, "validation": args.num_validation}
+  wanted = dict(NUM_EXAMPLES) if builder.info.name == NAME else {}
+  given = {"train": args.num_train, "validation": args.num_validation}
+  wanted |= {name: num for name, num in given.items() if num is not None}
   splits = builder.info.splits
   for name in dict.fromkeys([*wanted, *splits]):
     found = splits[name].num_examples if name in splits else 0
-    expected = wanted.get(name)
-    if expected is None and builder.info.name == NAME:
-      expected = NUM_EXAMPLES.get(name)
-    if expected is None:
+    if (expected := wanted.get(name)) is None:
       say(f"{name}: {found:,} images")
       continue
     say(f"{name}: {found:,} images, {expected:,} expected")

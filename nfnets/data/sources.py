@@ -93,19 +93,16 @@ def _tfds(
   _, label_key = tfds_source.keys(builder)
 
   def split(name: str) -> Split:
-    num_examples, read = tfds_source.open_split(builder, name)
-
-    def fetch(index: int) -> tuple[bytes, int, str]:
-      return *read(index), f"{tfds_name} {name} [{index}]"
-
+    num_examples, fetch = tfds_source.open_split(builder, name)
     return encoded.make_split(
       num_examples, fetch, sizes=sizes, pool=pool, broken=broken
     )
 
-  names = imagenet.readable(builder.info.features[label_key].names)
   if builder.info.name == "imagenet2012":
     # A copy may lack the file of names, and has numbers then.
     names = imagenet.class_names()
+  else:
+    names = imagenet.readable(builder.info.features[label_key].names)
   train, test = map(split, splits)
   fingerprint = (
     f"{builder.info.full_name}, {train.num_examples:,} and "

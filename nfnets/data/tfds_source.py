@@ -24,7 +24,8 @@ def open_builder(root: Path, name: str) -> Any:
     name: Such as `imagenet2012` or `imagenet2012:5.1.0`.
 
   Raises:
-    InputError: when the set is not there, or prepared in another format.
+    InputError: when the set is not there, prepared in another format, or
+      lacks files.
   """
   try:
     import tensorflow_datasets as tfds
@@ -52,7 +53,29 @@ def open_builder(root: Path, name: str) -> Any:
       "access: convert it once with `scripts/prepare_imagenet.sh --convert="
       f"{builder.data_dir}` (TFDS's own converter; it adds to the set)"
     )
+  if missing := missing_shards(builder):
+    raise InputError(
+      f"{builder.data_dir} lacks {len(missing)} of its files, as "
+      f"{missing[0].name}: copy them there, or, where the set was converted, "
+      "go on with `scripts/prepare_imagenet.sh --convert="
+      f"{builder.data_dir}`"
+    )
   return builder
+
+
+def shards(builder: Any) -> list[tuple[Path, int]]:
+  """The array_record files of a set, and how many examples each has."""
+  found = []
+  for split in builder.info.splits.values():
+    template = split.filename_template.replace(filetype_suffix="array_record")
+    paths = template.sharded_filepaths(split.num_shards)
+    found += zip(map(Path, paths), split.shard_lengths, strict=True)
+  return found
+
+
+def missing_shards(builder: Any) -> list[Path]:
+  """Those of them that are not there."""
+  return [path for path, _ in shards(builder) if not path.is_file()]
 
 
 def keys(builder: Any) -> tuple[str, str]:
@@ -107,60 +130,37 @@ def slice_of(builder: Any, split: str) -> str:
   }[split]
 
 
-def shards(builder: Any) -> list[tuple[Path, int]]:
-  """The array_record files of a set, and how many examples each has."""
-  found = []
-  for split in builder.info.splits.values():
-    template = split.filename_template.replace(filetype_suffix="array_record")
-    paths = template.sharded_filepaths(split.num_shards)
-    found += zip(map(Path, paths), split.shard_lengths, strict=True)
-  return found
-
-
-def missing_shards(builder: Any) -> list[Path]:
-  """Those of them that are not there."""
-  return [path for path, _ in shards(builder) if not path.is_file()]
-
-
 def open_split(
   builder: Any, split: str
-) -> tuple[int, Callable[[int], tuple[bytes, int]]]:
-  """How many examples a split has, and how to read one: (image file, label).
+) -> tuple[int, Callable[[int], tuple[bytes, int, str]]]:
+  """How many examples a split has, and a function to read one.
 
-  Raises:
-    InputError: when files of the set are missing; on reading, for an example
-      that is damaged.
-    OSError: on reading, when a file cannot be read.
+  It returns the image file, the label and a name for errors, and raises
+  InputError for an example that is damaged, OSError for a file that cannot be
+  read.
   """
   import tensorflow_datasets as tfds
   from google.protobuf import message
   from tensorflow_datasets.proto import tf_example_pb2
 
-  if missing := missing_shards(builder):
-    raise InputError(
-      f"{builder.data_dir} lacks {len(missing)} of its files, as "
-      f"{missing[0].name}: copy them there, or, where the set was converted, "
-      "go on with `scripts/prepare_imagenet.sh --convert="
-      f"{builder.data_dir}`"
-    )
   # Parsed here: TFDS's own decoding takes 180 us per example, this 45.
   records = builder.as_data_source(
     split=slice_of(builder, split),
     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
   )
   image_key, label_key = keys(builder)
-  name_of = lambda index: f"{builder.data_dir}, {split} [{index}]"
 
-  def read(index: int) -> tuple[bytes, int]:
+  def read(index: int) -> tuple[bytes, int, str]:
+    name = f"{builder.info.name} {split} [{index}]"
     try:
       example = tf_example_pb2.Example.FromString(records[index])
       feature = example.features.feature
       image, label = feature[image_key], feature[label_key]
-      return image.bytes_list.value[0], label.int64_list.value[0]
+      return image.bytes_list.value[0], label.int64_list.value[0], name
     except (IndexError, message.DecodeError) as error:
-      raise InputError(f"{name_of(index)} is damaged: {error}") from None
+      raise InputError(f"{name} is damaged: {error}") from None
     except RuntimeError as error:  # array_record's, for all that goes wrong.
-      text = f"{name_of(index)}: {str(error).splitlines()[0]}"
+      text = f"{name}: {str(error).splitlines()[0]}"
       if "Corrupted" in text:
         raise InputError(text) from None
       raise OSError(text) from None
