@@ -7,6 +7,7 @@ line prints it without a traceback; in a notebook it is a `ValueError`.
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -17,11 +18,11 @@ class UsageError(InputError):
   """The command line or the config itself is wrong (exit code 2)."""
 
 
-def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
+def unknown(kind: str, given: Any, known: Iterable[str]) -> UsageError:
   """The error for a wrong name: the nearest right ones, then all of them."""
-  known = list(known)
-  close = difflib.get_close_matches(given, known, n=3)
-  close = close or [name for name in known if given and given in name][:3]
+  known, text = list(known), str(given)
+  close = difflib.get_close_matches(text, known, n=3)
+  close = close or [name for name in known if text and text in name][:3]
   hint = f"did you mean {' or '.join(close)}? " if close else ""
   return UsageError(
     f"unknown {kind} {given!r}: {hint}known: {', '.join(known)}"

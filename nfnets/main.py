@@ -14,10 +14,11 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nfnets.errors import InputError, UsageError, check_output
+from nfnets.errors import InputError, UsageError, check_output, unknown
 
 _CONFIG_HELP = (
   "recipe file, file.py:VARIANT for one of a family; any value of it is "
@@ -425,9 +426,11 @@ def _info(args: argparse.Namespace, rest: list[str]) -> None:
   if args.model is None and not args.groups:
     info.print_models(console)
     return
-  overrides = dict(map(_parse_override, args.overrides))
+  name, overrides = args.model or "nfnet_f0", args.overrides
   try:
-    model = models.make(args.model or "nfnet_f0", **overrides)
+    columns = ["num_classes", *models.variant(name)._fields]
+    overrides = dict(_parse_override(text, columns) for text in overrides)
+    model = models.make(name, **overrides)
   except InputError as error:
     raise UsageError(str(error)) from None
   if args.groups:
@@ -436,10 +439,12 @@ def _info(args: argparse.Namespace, rest: list[str]) -> None:
     info.print_model(console, model)
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def _parse_override(text: str, columns: Sequence[str]) -> tuple[str, Any]:
   column, equals, value = text.partition("=")
   if not equals:
     raise UsageError(f"{text!r}: an override is written COLUMN=VALUE")
+  if column not in columns:
+    raise unknown("model column", column, columns)
   try:
     return column, ast.literal_eval(value)
   except (ValueError, SyntaxError):

@@ -1,6 +1,7 @@
 """The networks: published sizes, names and outputs; signal propagation."""
 
 import functools
+import math
 
 import haiku as hk
 import jax
@@ -389,6 +390,8 @@ def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
     {k: dict(reversed(v.items())) for k, v in reversed(params.items())}
   )
   jax.tree.map(np.testing.assert_array_equal, in_other_order, stacked)
+  jax.tree.map(np.testing.assert_array_equal, model.stack(stacked), stacked)
+  jax.tree.map(np.testing.assert_array_equal, model.unstack(params), params)
   assert not jax.tree.leaves(model.unit_axes(params))
   norms, expected = (
     np.sort(np.concatenate([norm.ravel() for norm in found]))
@@ -399,9 +402,8 @@ def test_stacked_parameters_give_the_same_and_come_back(name, row, execution):
   )
   np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
-  if execution == "is_packed":
-    folded, expected = (models.fold(model, p)[1] for p in (stacked, params))
-    jax.tree.map(np.testing.assert_array_equal, folded, expected)
+  folded, expected = (models.fold(model, p)[1] for p in (stacked, params))
+  jax.tree.map(np.testing.assert_array_equal, folded, expected)
 
   images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
 
@@ -486,7 +488,21 @@ def test_stages_of_modules():
     ("nfnet_f0", {"attention": "sea"}, r"unknown attention 'sea'"),
     ("nf_regnet_b0", {"width": (1, 2)}, r"width=.* has 2 entries, but depth"),
     ("nf_regnet_b0", {"group_width": 0}, r"group_width=0 is not positive"),
-    ("nf_regnet_b0", {"group_width": 99}, r"no room for a group of group_wid"),
+    ("nf_regnet_b0", {"group_width": 99}, r"stage 1: .* no room for one group"),
+    ("nf_regnet_b0", {"expansion": 0.1}, r"stage 2: a bottleneck of 3 channel"),
+    (
+      *("nf_regnet_b0", {"width": (48, 104, 2, 440)}),
+      r"stage 3: a bottleneck of 2 channels, of 1 that come in, has no room",
+    ),
+    ("nf_regnet_b0", {"se_ratio": math.nan}, r"se_ratio=nan is not finite"),
+    ("nfnet_f0", {"final_conv_ratio": math.inf}, r"ratio=inf is not finite"),
+    ("nfnet_f0", {"final_conv_ratio": 1e-4}, r"no channels are left"),
+    ("nfnet_f0", {"bottleneck_ratio": (math.inf,) * 4}, r"inf is not finite"),
+    ("nfnet_f0", {"num_classes": "ten"}, r"num_classes='ten' is no whole numb"),
+    ("nfnet_f0", {"num_classes": 2.5}, r"num_classes=2.5 is no whole number"),
+    ("nfnet_f0", {"num_classes": 0}, r"num_classes=0: at least 1"),
+    ("nfnet_f0", {"remat": None}, r"unknown remat None: did you mean none"),
+    (["nfnet_f0"], {}, r"unknown model \['nfnet_f0'\]"),
     ("nfnet_f0", {"remat": "all"}, r"unknown remat 'all'.*blocks"),
     ("nfnet_f0", {"convolution": "fft"}, r"unknown form of convolution 'fft'"),
     ("nf_resnet50", {"bottleneck_ratio": 0.001}, r"no channels are left"),
@@ -497,3 +513,39 @@ def test_wrong_rows_are_one_clear_line(name, overrides, message):
   with pytest.raises(InputError, match=message) as error:
     models.make(name, **overrides)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((2, 32, 32, 3), np.uint8),
+    ((2, 32, 32, 3), np.int32),
+    ((2, 32, 32, 1), np.float32),
+    ((32, 32, 3), np.float32),
+    ((0, 32, 32, 3), np.float32),
+  ],
+)
+def test_images_that_no_network_takes_are_one_clear_line(shape, dtype):
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  params = draw_params(param_shapes(model))
+  images = np.ones(shape, dtype)
+  for use in (
+    lambda: model.init(jax.random.key(0), images),
+    lambda: model.apply(params, {}, None, images),
+    lambda: model.features(params, {}, images),
+  ):
+    with pytest.raises(InputError, match=r"networks take \[N, H, W, 3\]") as e:
+      use()
+    assert "\n" not in str(e.value)
+
+
+def test_float32_images_give_the_same_where_jax_has_64_bits():
+  model = models.make("nfnet_tiny", 10, **SMALL)
+  params = draw_params(param_shapes(model))
+  images = np.random.default_rng(0).standard_normal((1, 32, 32, 3), np.float32)
+  expected = model.apply(params, {}, None, images)[0]["logits"]
+  with jax.enable_x64(True):
+    logits = model.apply(params, {}, None, images)[0]["logits"]
+    assert logits.dtype == np.float32
+    jax.eval_shape(model.init, jax.random.key(0), images)
+  np.testing.assert_allclose(logits, expected, rtol=1e-6)

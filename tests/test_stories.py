@@ -538,6 +538,7 @@ def test_help_is_quick_and_complete(nfnets):
     (["predict", "x.png", "--workdir=x", "--top=0"], r"--top=0: must be at"),
     (["predict", "x.png", "--weight=x"], r"--weight is .*mean --weights"),
     (["info", "nfnet_f8"], r"unknown model 'nfnet_f8': did you mean"),
+    (["info", "nfnet_f0", "name=x"], r"unknown model column 'name'"),
     (["info", "nfnet_f0", "depth"], r"'depth': an override is written COLUMN"),
     (["info", "--depth"], r"--depth is no option of `nfnets info`"),
     (["train", "--config.train.remat=all"], r"config.train: unknown remat"),

@@ -7,11 +7,14 @@ outputs, state = model.apply(params, state, rng, images, is_training=False)
 
 import concurrent.futures
 import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nfnets import agc, layers
@@ -49,7 +52,10 @@ class Model(NamedTuple):
       [N, num_classes] float32, `outputs["pool"]` [N, features] float32. `rng`
       is needed in training only. It also takes the parameters that `stack`
       returns (if they are of a loop, not with `return_metrics`), and what
-      `lay_out` does.
+      `lay_out` does. It can be differentiated in reverse mode (`jax.grad`,
+      also of a gradient), not in forward mode (`jax.jvp`).
+
+  `init` and `apply` raise `InputError` for images of another shape or type.
   """
 
   name: str
@@ -188,7 +194,7 @@ def variant(name: str, **overrides: Any) -> Variant:
   Raises:
     InputError: for an unknown name or column, or a row that is no network.
   """
-  if name not in VARIANTS:
+  if not isinstance(name, str) or name not in VARIANTS:
     raise unknown("model", name, VARIANTS)
   row = VARIANTS[name]
   for column, value in overrides.items():
@@ -211,6 +217,8 @@ def _as_type_of(column: str, old: Any, new: Any) -> Any:
       f"{column}={new!r} is a {type(new).__name__}, but the table holds "
       f"{type(old).__name__} there, such as {old!r}"
     )
+  if isinstance(new, float) and not math.isfinite(new):
+    raise InputError(f"{column}={new} is not finite")
   return new
 
 
@@ -250,6 +258,12 @@ def make(
     InputError: see `variant`; or for an unknown way of computing.
   """
   row = variant(name, **overrides)
+  try:
+    num_classes = operator.index(num_classes)
+  except TypeError:
+    raise InputError(
+      f"num_classes={num_classes!r} is no whole number"
+    ) from None
   if num_classes < 1:
     raise InputError(f"num_classes={num_classes}: at least 1 is needed")
   if convolution is not None and convolution not in FORMS:
@@ -276,6 +290,7 @@ def _make(
     return_features=False,
     execution=execution,
   ):
+    _check_images(images)
     return Network(plan, num_classes, execution)(
       images,
       is_training=is_training,
@@ -296,6 +311,16 @@ def _make(
     return published(params, state, rng, images, *args, **options)
 
   return Model(name, row, plan, num_classes, execution, init, apply)
+
+
+def _check_images(images: Any) -> None:
+  shape, dtype = jnp.shape(images), jnp.result_type(images)
+  is_shaped = len(shape) == 4 and shape[3] == 3 and 0 not in shape
+  if not is_shaped or not jnp.issubdtype(dtype, jnp.floating):
+    raise InputError(
+      f"images of {dtype}, shape {list(shape)}: networks take [N, H, W, 3], of "
+      "float32 or bfloat16, normalised; `nfnets.predict.Classifier` takes files"
+    )
 
 
 def folded(model: Model) -> Model:
@@ -328,7 +353,7 @@ def fold(model: Model, params: hk.Params) -> tuple[Model, hk.Params]:
     kernel that is convolved and there is no `gain`. Equal up to the rounding of
     float32.
   """
-  params = model.unpack(params)
+  params = model.unstack(params)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return folded(model), _fold(params, layers.folded_kernel, pool.map)
 

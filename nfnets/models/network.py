@@ -62,7 +62,10 @@ class Drawn(NamedTuple):
 
 
 class NFBlock(hk.Module):
-  """`shortcut + alpha * skip_gain * f(x * beta)`, figure 1 of 2102.06171."""
+  """`shortcut + alpha * skip_gain * f(act(x) * beta)` (2102.06171, figure 1).
+
+  Where the shape changes, the shortcut is a convolution of `act(x) * beta` too.
+  """
 
   def __init__(self, block: Block, plan: Plan, execution: Execution):
     super().__init__(name=block.kind)

@@ -4,18 +4,18 @@ Against NFNets: the bottleneck expands (from the block's input), squeeze-excite
 is in its middle, the stem is one convolution, every stage halves the image.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from nfnets import layers
-from nfnets.errors import InputError, unknown
+from nfnets.errors import InputError
+from nfnets.models import plan as plans
 from nfnets.models.plan import (
-  PADDINGS,
   Block,
   Conv,
+  Place,
   Plan,
-  betas,
   block_name,
-  check_stages,
+  places,
   round_to,
   squeeze_excite,
 )
@@ -69,51 +69,59 @@ VARIANTS |= {
 
 def check(row: Variant) -> None:
   """Raises `InputError` for a row that describes no network."""
-  check_stages(row, ("width",))
-  if row.activation not in layers.ACTIVATIONS:
-    raise unknown("activation", row.activation, layers.ACTIVATIONS)
-  if row.padding not in PADDINGS:
-    raise unknown("padding", row.padding, PADDINGS)
-  for column in ("width_ratio", "expansion", "group_width", "final_channels"):
+  plans.check(row, ("width",))
+  for column in (
+    "width_ratio",
+    "expansion",
+    "group_width",
+    "final_channels",
+    "multiple",
+  ):
     if not getattr(row, column) > 0:
       raise InputError(f"{column}={getattr(row, column)} is not positive")
-  if row.multiple < 1 or row.se_ratio < 0:
-    raise InputError(
-      f"multiple={row.multiple}, se_ratio={row.se_ratio}: multiple is 1 or "
-      "more, se_ratio 0 or more"
-    )
-  if _channels(row, row.width[0]) < row.group_width:
-    raise InputError(
-      f"width={row.width} x width_ratio {row.width_ratio} has no room for a "
-      f"group of group_width {row.group_width}"
-    )
+  for place, channels, _ in _blocks(row):
+    if (wide := _bottleneck(row, place, channels)) < row.group_width:
+      raise InputError(
+        f"stage {place.stage}: a bottleneck of {wide} channels, of {channels} "
+        "that come in, has no room for one group of group_width "
+        f"{row.group_width}: lower that, or raise width or expansion"
+      )
 
 
 def _channels(row: Variant, channels: float) -> int:
   return round_to(channels * row.width_ratio, row.multiple)
 
 
+def _blocks(row: Variant) -> Iterator[tuple[Place, int, int]]:
+  """Each block's place, and how many channels it takes and returns."""
+  channels = _channels(row, row.width[0])
+  for place in places(row):
+    new = _channels(row, row.width[place.stage - 1])
+    yield place, channels, new
+    channels = new
+
+
+def _bottleneck(row: Variant, place: Place, channels: int) -> int:
+  """Channels in a block's middle, before they are cut to whole groups."""
+  expansion = row.expansion if place.index else 1
+  return round_to(channels * expansion, row.multiple)
+
+
 def plan(row: Variant) -> Plan:
   """The layers of a row."""
-  stages = [i for i, num in enumerate(row.depth, start=1) for _ in range(num)]
-  channels = _channels(row, row.width[0])
-  stem = (Conv("initial_conv", 3, channels, 3, 2),)
+  stem = (Conv("initial_conv", 3, _channels(row, row.width[0]), 3, 2),)
   blocks = []
-  for i, (stage, beta) in enumerate(
-    zip(stages, betas(stages, row.alpha), strict=True)
-  ):
-    wide = round_to(channels * (row.expansion if i else 1), row.multiple)
-    groups = wide // row.group_width
+  for place, channels, new in _blocks(row):
+    groups = _bottleneck(row, place, channels) // row.group_width
     width = groups * row.group_width
-    new = _channels(row, row.width[stage - 1])
-    stride = 2 if i == 0 or stages[i - 1] != stage else 1
+    stride = 2 if place.is_first else 1
     is_projected = stride > 1 or new != channels
     blocks.append(
       Block(
-        name=block_name("nf_block", i),
-        stage=stage,
-        beta=beta,
-        stochdepth_rate=row.stochdepth_rate * i / len(stages),
+        name=block_name("nf_block", place.index),
+        stage=place.stage,
+        beta=place.beta,
+        stochdepth_rate=place.stochdepth_rate,
         convs=(
           Conv("conv0", channels, width),
           Conv("conv1", width, width, 3, stride, groups),
@@ -126,14 +134,13 @@ def plan(row: Variant) -> Plan:
         is_pooled=True,
       )
     )
-    channels = new
   features = row.final_channels * row.width[-1] // 440
   return Plan(
     name=NAME,
     stem=stem,
     has_stem_pool=False,
     blocks=tuple(blocks),
-    final_conv=Conv("final_conv", channels, _channels(row, features)),
+    final_conv=Conv("final_conv", new, _channels(row, features)),
     alpha=row.alpha,
     activation=row.activation,
     drop_rate=row.drop_rate,

@@ -2,16 +2,14 @@
 
 from typing import NamedTuple
 
-from nfnets import layers
-from nfnets.errors import InputError, unknown
+from nfnets.errors import InputError
+from nfnets.models import plan as plans
 from nfnets.models.plan import (
-  PADDINGS,
   Block,
   Conv,
   Plan,
-  betas,
   block_name,
-  check_stages,
+  places,
   squeeze_excite,
 )
 
@@ -60,42 +58,33 @@ VARIANTS |= {
 
 def check(row: Variant) -> None:
   """Raises `InputError` for a row that describes no network."""
-  check_stages(row, ("width",))
-  if row.activation not in layers.ACTIVATIONS:
-    raise unknown("activation", row.activation, layers.ACTIVATIONS)
-  if row.padding not in PADDINGS:
-    raise unknown("padding", row.padding, PADDINGS)
+  plans.check(row, ("width",))
   if int(min(row.width) * row.bottleneck_ratio) < 1 or row.stem_width < 1:
     raise InputError(
       f"bottleneck_ratio={row.bottleneck_ratio} of width={row.width}, "
       f"stem_width={row.stem_width}: no channels are left"
     )
-  if row.se_ratio < 0:
-    raise InputError(f"se_ratio={row.se_ratio} is negative; 0 leaves it out")
 
 
 def plan(row: Variant) -> Plan:
   """The layers of a row."""
-  stages = [i for i, num in enumerate(row.depth, start=1) for _ in range(num)]
   channels = row.stem_width
   stem = (Conv("initial_conv", 3, channels, 7, 2),)
   blocks = []
-  for i, (stage, beta) in enumerate(
-    zip(stages, betas(stages, row.alpha), strict=True)
-  ):
-    new = row.width[stage - 1]
+  for place in places(row):
+    new = row.width[place.stage - 1]
     width = int(new * row.bottleneck_ratio)
-    stride = 2 if stage > 1 and stages[i - 1] != stage else 1
+    stride = 2 if place.is_first and place.index else 1
     shortcut = None
     if stride > 1 or new != channels:
       step = 1 if row.pooled_shortcut else stride
       shortcut = Conv("conv_shortcut", channels, new, 1, step)
     blocks.append(
       Block(
-        name=block_name("nf_res_block", i),
-        stage=stage,
-        beta=beta,
-        stochdepth_rate=row.stochdepth_rate * i / len(stages),
+        name=block_name("nf_res_block", place.index),
+        stage=place.stage,
+        beta=place.beta,
+        stochdepth_rate=place.stochdepth_rate,
         convs=(
           Conv("conv0", channels, width),
           Conv("conv1", width, width, 3, stride),

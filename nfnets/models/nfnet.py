@@ -5,19 +5,17 @@ A family is a table, a variant is a row; `plan` works a row out.
 
 from typing import NamedTuple
 
-from nfnets import layers
 from nfnets.errors import InputError, unknown
+from nfnets.models import plan as plans
 from nfnets.models.plan import (
   ATTENTIONS,
-  PADDINGS,
   Attention,
   Block,
   Conv,
   Plan,
-  betas,
   block_name,
-  check_stages,
   efficient_attention,
+  places,
   squeeze_excite,
 )
 
@@ -127,20 +125,16 @@ VARIANTS: dict[str, Variant] = _F | _PLUS | _TINY | _LIGHT | _TIMM
 
 def check(row: Variant) -> None:
   """Raises `InputError` for a row that describes no network."""
-  check_stages(row, ("width", "group_width", "bottleneck_ratio"))
-  if not row.final_conv_ratio > 0:
-    raise InputError(f"final_conv_ratio={row.final_conv_ratio} is not positive")
+  plans.check(row, ("width", "group_width", "bottleneck_ratio"))
+  if int(row.final_conv_ratio * row.width[-1]) < 1:
+    raise InputError(
+      f"final_conv_ratio={row.final_conv_ratio} of width={row.width}: no "
+      "channels are left"
+    )
   if not row.stem_width or min(row.stem_width) < 1:
     raise InputError(f"stem_width={row.stem_width}: widths of 1 or more")
-  if row.se_ratio < 0:
-    raise InputError(f"se_ratio={row.se_ratio} is negative; 0 leaves it out")
-  for kind, known in (
-    ("activation", layers.ACTIVATIONS),
-    ("attention", ATTENTIONS),
-    ("padding", PADDINGS),
-  ):
-    if getattr(row, kind) not in known:
-      raise unknown(kind, getattr(row, kind), known)
+  if row.attention not in ATTENTIONS:
+    raise unknown("attention", row.attention, ATTENTIONS)
   stages = zip(row.width, row.bottleneck_ratio, row.group_width, strict=True)
   for stage, (width, ratio, group_width) in enumerate(stages, start=1):
     if group_width < 1 or int(width * ratio) < group_width:
@@ -161,14 +155,12 @@ def plan(row: Variant) -> Plan:
     channels = width
 
   blocks = []
-  stages = [i for i, num in enumerate(row.depth, start=1) for _ in range(num)]
-  for i, (stage, beta) in enumerate(
-    zip(stages, betas(stages, row.alpha), strict=True)
-  ):
-    new, group_width = row.width[stage - 1], row.group_width[stage - 1]
-    groups = int(new * row.bottleneck_ratio[stage - 1]) // group_width
+  for place in places(row):
+    stage = place.stage - 1
+    new, group_width = row.width[stage], row.group_width[stage]
+    groups = int(new * row.bottleneck_ratio[stage]) // group_width
     width = groups * group_width
-    stride = 2 if stage > 1 and stages[i - 1] != stage else 1
+    stride = 2 if place.is_first and place.index else 1
     convs = [
       Conv("conv0", channels, width),
       Conv("conv1", width, width, 3, stride, groups),
@@ -179,10 +171,10 @@ def plan(row: Variant) -> Plan:
     is_projected = stride > 1 or new != channels
     blocks.append(
       Block(
-        name=block_name("nf_block", i),
-        stage=stage,
-        beta=beta,
-        stochdepth_rate=row.stochdepth_rate * i / len(stages),
+        name=block_name("nf_block", place.index),
+        stage=place.stage,
+        beta=place.beta,
+        stochdepth_rate=place.stochdepth_rate,
         convs=tuple(convs),
         shortcut=Conv("conv_shortcut", channels, new) if is_projected else None,
         attention=_attention(row, new),

@@ -39,7 +39,12 @@ def is_packed(params: Params) -> bool:
 
 
 def pack(plan: Plan, params: Params) -> Params:
-  """Parameters of NumPy arrays, with the published names -> packed."""
+  """Parameters of NumPy arrays, with the published names -> packed.
+
+  What is packed already comes back as it is.
+  """
+  if is_packed(params):
+    return params
   shapes = {
     module: {name: value.shape for name, value in values.items()}
     for module, values in params.items()

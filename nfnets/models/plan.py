@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nfnets.errors import InputError
+from nfnets import layers
+from nfnets.errors import InputError, unknown
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
@@ -112,19 +113,30 @@ def in_evaluation(plan: Plan) -> Plan:
   return plan._replace(drop_rate=0.0, blocks=tuple(blocks), classifier_std=0.0)
 
 
-def betas(stages: list[int], alpha: float) -> list[float]:
-  """1 / the expected standard deviation of each block's input.
+class Place(NamedTuple):
+  """Where in a network a block is, and the numbers that follow from it."""
 
-  The variance grows by alpha² per block; a transition's shortcut starts from a
-  normalised input and so resets it to 1 first. `stages` has the stage of each
-  block.
+  index: int
+  stage: int  # From 1.
+  is_first: bool  # Of its stage.
+  beta: float  # See Block, as the rate.
+  stochdepth_rate: float
+
+
+def places(row) -> Iterator[Place]:
+  """Of all blocks of a row of any family's table.
+
+  The expected variance of a block's input grows by alpha² per block; a
+  transition's shortcut starts from a normalised input and so resets it to 1
+  first.
   """
-  found, variance = [], 1.0
-  for i, stage in enumerate(stages):
-    found.append(1 / math.sqrt(variance))
-    is_transition = i == 0 or stages[i - 1] != stage
-    variance = (1.0 if is_transition else variance) + alpha**2
-  return found
+  index, variance = 0, 1.0
+  for stage, num in enumerate(row.depth, start=1):
+    for i in range(num):
+      rate = row.stochdepth_rate * index / sum(row.depth)
+      yield Place(index, stage, i == 0, 1 / math.sqrt(variance), rate)
+      variance = (variance if i else 1.0) + row.alpha**2
+      index += 1
 
 
 def block_name(prefix: str, index: int) -> str:
@@ -156,8 +168,13 @@ def efficient_attention(channels: int, *, is_in_middle: bool) -> Attention:
   return Attention("eca", channels, max(3, taps | 1), is_in_middle)
 
 
-def check_stages(row, columns: tuple[str, ...]) -> None:
-  """Raises `InputError` unless a row has an entry per stage, and sane rates."""
+def check(row, columns: tuple[str, ...]) -> None:
+  """Raises `InputError` for what no row of any family's table can have.
+
+  Args:
+    row: A row.
+    columns: Those that have an entry for each stage.
+  """
   num_stages = len(row.depth)
   for column in columns:
     if len(getattr(row, column)) != num_stages:
@@ -177,8 +194,12 @@ def check_stages(row, columns: tuple[str, ...]) -> None:
   for column in ("train_size", "test_size"):
     if not getattr(row, column) > 0:
       raise InputError(f"{column}={getattr(row, column)} is not positive")
-  if not math.isfinite(row.alpha):
-    raise InputError(f"alpha={row.alpha} is not finite")
+  if row.se_ratio < 0:
+    raise InputError(f"se_ratio={row.se_ratio} is negative; 0 leaves it out")
+  if row.activation not in layers.ACTIVATIONS:
+    raise unknown("activation", row.activation, layers.ACTIVATIONS)
+  if row.padding not in PADDINGS:
+    raise unknown("padding", row.padding, PADDINGS)
 
 
 def stages(plan: Plan) -> list[list[int]]:

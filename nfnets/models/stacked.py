@@ -17,9 +17,14 @@ Params = dict[str, dict[str, Any]]  # Module -> name -> array.
 
 
 def stack(plan: Plan, params: Params) -> Params:
-  """Parameters of NumPy arrays, with the published names -> stacked."""
+  """Parameters of NumPy arrays, with the published names -> stacked.
+
+  What is stacked already comes back as it is.
+  """
   params = dict(params)
   for module, others in _in_runs(plan, list(params)):
+    if others[0] not in params:
+      continue
     blocks = [params[module], *(params.pop(other) for other in others)]
     params[module] = {
       name: np.stack([block[name] for block in blocks]) for name in blocks[0]
@@ -31,6 +36,8 @@ def unstack(plan: Plan, params: Params) -> Params:
   """Back to what `stack` was given; the arrays are views."""
   params = dict(params)
   for module, others in _in_runs(plan, list(params)):
+    if others[0] in params:
+      continue
     stacked = params[module]
     for i, block in enumerate((module, *others)):
       params[block] = {name: np.asarray(a[i]) for name, a in stacked.items()}
