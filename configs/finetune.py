@@ -25,7 +25,9 @@ dropout and stochastic depth; the paper finds results without these similar.
 Expected top-1 (Table 5): F4 and F4+ 89.2 after JFT-300M. Those weights were
 never released, so this is not run here. Not stated in the paper: augmentation,
 taken as crop and flip; label smoothing, as in the ImageNet recipe; the image
-size, the variant's own. `--config.model.name` chooses another network.
+size, the variant's own. `--config.model.name` chooses another network; F4+ of
+the pre-training recipe is `--config.model.name=nfnet_f4_plus
+--config.model.group_width=192,128,128,128`.
 """
 
 from ml_collections import ConfigDict

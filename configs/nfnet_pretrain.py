@@ -14,9 +14,10 @@ alone, weight decay 1e-6, no averaging of weights.
 | F4_plus | 20 | 89.2 |
 
 Cost in the paper: 3,700 and 1,860 TPUv3-core-days. Not stated there, and taken
-from the ImageNet recipe: label smoothing, dropout, stochastic depth. F4_plus
-has the paper's geometry (527M parameters), which the released code's lacks.
-Not run here. Fine-tune the weights with `configs/finetune.py`.
+from the ImageNet recipe: label smoothing, dropout, stochastic depth. The 5,000
+steps of warm-up are those that it gives for its ResNets there. F4_plus has the
+paper's geometry (527M parameters), which the released code's lacks. Not run
+here. Fine-tune the weights with `configs/finetune.py`.
 """
 
 from ml_collections import ConfigDict

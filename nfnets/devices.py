@@ -8,7 +8,12 @@ the step's one mean.
 """
 
 import os
+import secrets
+import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,29 +25,52 @@ from nfnets.errors import InputError
 
 AXIS = "data"
 
+# How long a new file may take to be seen on another host, over a network.
+_SEEN_IN_SECONDS = 60
+
 
 def join_pod() -> None:
   """Makes this process part of a multi-host job; call before anything else.
 
   Address, number of processes and index come from the cluster (TPU pods, Slurm,
-  Open MPI, Kubernetes) or from the variables JAX_COORDINATOR_ADDRESS
-  (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  Open MPI 4, Kubernetes) or from the variables JAX_COORDINATOR_ADDRESS
+  (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. A process that
+  is alone on its host has all GPUs there; of several each has the one of its
+  number, or those in JAX_LOCAL_DEVICE_IDS.
 
   Raises:
     InputError: when the job cannot be joined.
   """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  if address is not None and not address.rpartition(":")[2].isdecimal():
+    raise InputError(
+      f"JAX_COORDINATOR_ADDRESS={address} has no port: write host:port, with a "
+      "port that is free on the host of process 0"
+    )
   try:
     numbers = [
       int(os.environ[name]) if name in os.environ else None
       for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     ]
-    jax.distributed.initialize(None, *numbers)
+    # None: as JAX chooses, which is one for each process; an empty list: all.
+    is_open = "JAX_LOCAL_DEVICE_IDS" not in os.environ and _is_alone_on_host()
+    jax.distributed.initialize(None, *numbers, [] if is_open else None)
   except (ValueError, RuntimeError) as error:
     raise InputError(
       f"cannot join a multi-host job ({str(error).splitlines()[0]}): start one "
       "process per host under the cluster's launcher, or set "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     ) from None
+
+
+def _is_alone_on_host() -> bool:
+  """Whether the launcher, if it is one, started one process on each host."""
+  variables = os.environ
+  if "OMPI_COMM_WORLD_LOCAL_SIZE" in variables:
+    return variables["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+  if "SLURM_STEP_NUM_NODES" in variables:
+    return variables.get("SLURM_NTASKS") == variables["SLURM_STEP_NUM_NODES"]
+  return True
 
 
 def is_first_host() -> bool:
@@ -54,6 +82,58 @@ def wait_for_hosts(what: str) -> None:
   """Returns when all processes have come here; `what` tells places apart."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def check_agreement(values: dict[str, Any]) -> None:
+  """Raises `InputError`, on all hosts, unless they have the same values.
+
+  Args:
+    values: By name, the same names everywhere; compared as they are printed.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = [zlib.crc32(repr(value).encode()) for value in values.values()]
+  found = multihost_utils.process_allgather(np.array(mine, np.uint32))
+  if names := [
+    f"{name} (here {value!r})"
+    for (name, value), is_other in zip(
+      values.items(), (found != found[0]).any(0), strict=True
+    )
+    if is_other
+  ]:
+    raise InputError(
+      f"the hosts differ in {', '.join(names)}: start the same command, with "
+      "the same files, on each"
+    )
+
+
+def check_shared(folder: Path) -> None:
+  """Raises `InputError`, on all hosts, unless a folder is the same for all.
+
+  It is created if it is not there.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = np.uint32(secrets.randbits(32))
+  token = int(multihost_utils.broadcast_one_to_all(mine))
+  path = folder / f".seen_by_all_{token:08x}"
+  if is_first_host():
+    folder.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  wait_for_hosts("a file to be seen")
+  start = time.monotonic()
+  while not path.exists() and time.monotonic() - start < _SEEN_IN_SECONDS:
+    time.sleep(0.1)
+  seen = multihost_utils.process_allgather(np.array(path.exists()))
+  if is_first_host():
+    path.unlink()
+  if not seen.all():
+    others = ", ".join(map(str, np.flatnonzero(~seen)))
+    raise InputError(
+      f"{folder} is not the same folder on all hosts (process {others} does "
+      "not see what process 0 wrote): --workdir must be on a file system that "
+      "they share"
+    )
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
@@ -72,6 +152,12 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         f"{len(devices)}, or to None for all"
       )
     devices = devices[:num_devices]
+  numbers = Counter(device.process_index for device in devices)
+  if len(set(numbers.values())) > 1:
+    raise InputError(
+      f"processes with {sorted(numbers.values())} devices: a batch is split "
+      "evenly, so each needs as many"
+    )
   return Mesh(np.array(devices), (AXIS,))
 
 

@@ -48,9 +48,11 @@ def over_split(
     eval_step: From `steps.make_eval_step`.
     params, state: The network's.
     split: What to evaluate on.
-    batch_size: Over all devices; rounded up to a multiple of their number.
+    batch_size: Over all devices, at most; rounded up to a multiple of their
+      number.
     mesh: The devices.
   """
+  batch_size = min(batch_size, split.num_examples)
   batch_size = -(-batch_size // mesh.size) * mesh.size
   total: dict[str, Any] = {}
   pending = None

@@ -48,7 +48,7 @@ def print_model(console: Console, model: models.Model) -> None:
     ("classes", f"{model.num_classes:,}"),
     ("train size", f"{row.train_size} px, {_macs(model, row.train_size)}"),
     ("test size", f"{row.test_size} px, {_macs(model, row.test_size)}"),
-    ("RandAugment", f"4 layers of magnitude {row.randaugment_magnitude}"),
+    ("RandAugment", _randaugment(row.randaugment_magnitude)),
     ("dropout", f"{row.drop_rate:g}"),
     ("stochastic depth", f"{row.stochdepth_rate:g} x index / blocks"),
     ("activation", f"{row.activation}, alpha {row.alpha:g}"),
@@ -122,6 +122,10 @@ def print_groups(console: Console, model: models.Model) -> None:
   total = [size for group in sizes.values() for size in group]
   table.add_row("all", "", "", f"{len(total):,}", f"{sum(total):,}")
   console.print(table)
+
+
+def _randaugment(magnitude: int) -> str:
+  return f"4 layers of magnitude {magnitude}" if magnitude else "none published"
 
 
 def _yes(value: bool) -> str:

@@ -8,7 +8,6 @@ In a notebook:
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,7 +100,7 @@ class Classifier:
     found = images.find(paths)
     batch_size = min(batch_size, len(found))
     pending = None
-    with encoded.make_pool(os.cpu_count() or 1) as pool:
+    with encoded.make_pool() as pool:
       for start in range(0, len(found), batch_size):
         chunk = found[start : start + batch_size]
         batch, failures = self._read(chunk, batch_size, pool)

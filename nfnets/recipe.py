@@ -68,6 +68,14 @@ class Recipe(NamedTuple):
     is_mixed = bool(a.mixup_alpha) or a.cutmix
     return is_mixed and a.partners == "fresh"
 
+  def identity(self) -> dict[str, Any]:
+    """What all hosts of a run must have in common, by name."""
+    values = _flatten(self.config.to_dict())
+    for name in ("data.dir", "data.num_threads"):
+      del values[name]
+    counts = [s.num_examples for s in (self.source.train, self.source.test)]
+    return values | {"images": [self.source.fingerprint, *counts]}
+
   def make_augment(self) -> Augment:
     """What happens to the images inside the step."""
     a = self.config.augment
@@ -231,6 +239,7 @@ def resolve(config: ConfigDict) -> Recipe:
   except InputError as error:
     raise UsageError(f"config.train: {error}") from None
   _check_frozen(config, model)
+  _check_magnitude(config, row)
 
   c = config.train
   steps_per_epoch = source.train.num_examples / c.batch_size
@@ -284,6 +293,7 @@ _RANGES = (
       "keep_checkpoints",
       "data.train_size",
       "data.test_size",
+      "data.num_threads",
     ),
     lambda x: 0 < x < math.inf,
     "more than 0 and finite",
@@ -321,6 +331,7 @@ _RANGES = (
     lambda x: 0 < x <= 1,
     "above 0 and at most 1",
   ),
+  (("augment.randaugment_magnitude",), lambda x: 0 <= x <= 30, "0 to 30"),
   (("seed",), lambda x: 0 <= x < 2**31, "0 to 2147483647"),
   (("data.mean",), lambda x: _is_color(x), "three numbers, one per colour"),
   (
@@ -363,6 +374,19 @@ def _check_values(config: ConfigDict) -> None:
   ):
     if flat[key] is not None and flat[key] not in values:
       raise unknown(key, flat[key], values)
+
+
+def _check_magnitude(config: ConfigDict, row: models.Variant) -> None:
+  """Magnitude 0, a harsh one, is used only if it was asked for."""
+  augment = config.augment
+  is_open = augment.randaugment_layers and augment.randaugment_magnitude is None
+  if is_open and not row.randaugment_magnitude:
+    raise UsageError(
+      f"config.augment.randaugment_layers={augment.randaugment_layers}: no "
+      f"magnitude was published for {config.model.name}; give "
+      "--config.augment.randaugment_magnitude (of NFNets it is 5 to 15, and 0 "
+      "changes images too), or 0 layers"
+    )
 
 
 def _check_frozen(config: ConfigDict, model: models.Model) -> None:

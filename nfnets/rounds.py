@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from nfnets import card as cards
 from nfnets import devices, evaluate, pretrained, recipe, steps
+from nfnets.errors import InputError
 
 # Of classes that a round did not know: none is ever recognised.
 _NEVER = -1e9
@@ -26,17 +27,27 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
 
   Returns:
     The config with what it starts from, and the folder.
+
+  Raises:
+    InputError: when the config names weights that no round started from.
   """
   config = config.copy_and_resolve_references()
   has_config = lambda folder: (folder / cards.CONFIG).is_file()
   path = workdir.resolve()
   is_round = has_config(path) and path in cards.rounds_of(path.parent)
-  folders = [workdir] if is_round else cards.rounds_of(workdir)
-  folders = list(filter(has_config, folders))
-  if not folders:
+  rounds = cards.rounds_of(path.parent if is_round else workdir)
+  rounds = list(filter(has_config, rounds))
+  if not rounds:
     return config, workdir / "round_001"
-  last = folders[-1]
+  last = workdir if is_round else rounds[-1]
   saved = recipe.load_config(last)
+  starts = [recipe.load_config(folder).init_from for folder in rounds]
+  if config.init_from and _place(config.init_from) not in map(_place, starts):
+    raise InputError(
+      f"{workdir} holds rounds that began with --config.init_from={starts[0]}, "
+      f"and go on from their own weights: give the same, or for "
+      f"{config.init_from} choose another --workdir"
+    )
   sizes = {  # Open ones stay those of the round; `fill` may take another.
     name: saved.data[name] if config.data[name] is None else config.data[name]
     for name in ("train_size", "test_size")
@@ -55,6 +66,12 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
     f"starts from {config.init_from}"
   )
   return config, workdir / f"round_{int(last.name[6:]) + 1:03}"
+
+
+def _place(weights: str | None) -> str | None:
+  """Where weights are, however that was written; of a name it is the name."""
+  is_path = weights is not None and Path(weights).exists()
+  return str(Path(weights).resolve()) if is_path else weights
 
 
 def report(config: ConfigDict, folder: Path) -> None:
@@ -103,21 +120,7 @@ def report(config: ConfigDict, folder: Path) -> None:
     ).confusion
 
   tables = {"before": confusion(before), "after": confusion(new)}
-  groups = {"known classes": is_known, "new classes": ~is_known}
-  if is_known.all():
-    groups = {}
-  groups["all classes"] = np.ones_like(is_known)
-  rows = {
-    group: {
-      "classes": int(members.sum()),
-      "images": int(tables["after"][members].sum()),
-    }
-    | {
-      when: float(np.diag(table)[members].sum() / table[members].sum())
-      for when, table in tables.items()
-    }
-    for group, members in groups.items()
-  }
+  rows = compare(tables, is_known)
   if not devices.is_first_host():
     return
   (folder / "growth.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -127,3 +130,34 @@ def report(config: ConfigDict, folder: Path) -> None:
       f"{group:<20} {row['images']:>7,}  {row['before']:>8.2%}  "
       f"{row['after']:>9.2%}"
     )
+
+
+def compare(
+  tables: dict[str, np.ndarray], is_known: np.ndarray
+) -> dict[str, dict[str, Any]]:
+  """The rows of `growth.json`.
+
+  Args:
+    tables: Confusion tables [classes, classes] of the same images, by column.
+    is_known: [classes], whether the round before had them.
+
+  Returns:
+    By group of classes; one of which no image is held out is not there.
+  """
+  groups = {"known classes": is_known, "new classes": ~is_known}
+  if is_known.all():
+    groups = {}
+  groups["all classes"] = np.ones_like(is_known)
+  rows = {}
+  for group, members in groups.items():
+    images = {when: table[members].sum() for when, table in tables.items()}
+    if not all(images.values()):
+      continue
+    rows[group] = {
+      "classes": int(members.sum()),
+      "images": int(max(images.values())),
+    } | {
+      when: float(np.diag(table)[members].sum() / images[when])
+      for when, table in tables.items()
+    }
+  return rows

@@ -18,6 +18,8 @@ def show_batch(
 ) -> None:
   """Draws the first images that a step would train on, with their labels.
 
+  Partners of `roll` are those of a step with these images alone.
+
   Args:
     config: Of the run.
     path: Of the picture, `.png` or whatever Matplotlib writes.

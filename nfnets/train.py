@@ -77,11 +77,13 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
   devices.check_batch_size(batch_size, mesh, config.train.accumulate)
+  devices.check_agreement(r.identity() | {"--workdir": workdir.name})
   programs = _make_programs(r, mesh)
 
   is_first_host = devices.is_first_host()
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir} is a file: --workdir is a folder")
+  devices.check_shared(workdir)
   changes = []
   if (workdir / "checkpoints").is_dir() and any(
     (workdir / "checkpoints").iterdir()
@@ -98,8 +100,9 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     patience = None
     if config.train.patience is not None:
       patience = Patience(workdir, config.train.patience, step=start)
+    length = "epochs" if config.train.steps is None else "steps"
     limits = {  # Whether each is reached.
-      "config.train.epochs": start >= r.total_steps,
+      f"config.train.{length}": start >= r.total_steps,
       "config.train.patience": patience is not None and patience.is_exhausted,
     }
     is_over = any(limits.values())
@@ -133,6 +136,13 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     bar.say(_headline(r, mesh, workdir, start, is_over=is_over))
     for change in changes:
       bar.say(f"changed since the last start: {change}")
+    if r.warmup_steps >= r.total_steps and not is_over:
+      highest = r.make_schedule()(r.total_steps - 1)
+      bar.say(
+        f"the warm-up of {r.warmup_steps:,} steps is not over when the run is: "
+        f"the learning rate rises to {highest:.3g} instead of "
+        f"{r.peak_learning_rate:.3g}, and does not fall"
+      )
 
     data = stack.enter_context(
       batches.ReadAhead(
@@ -425,13 +435,16 @@ def _advice(
     if last is not None
     else "there is no checkpoint yet"
   )
+  optim = config.optim
+  warmup = "epochs" if optim.warmup_steps is None else "steps"
+  clipping = "a lower" if optim.agc_clipping else "some"
   return (
     f"step {step}: loss {values['loss']:g}, gradient norm "
     f"{values['grad_norm']:g}, weight norm {values['param_norm']:g} are not "
     f"finite; {kept}; try a lower --config.optim.lr_per_256 (now "
-    f"{config.optim.lr_per_256:g}), a lower --config.optim.agc_clipping (now "
-    f"{config.optim.agc_clipping:g}), or more warmup_epochs (now "
-    f"{config.optim.warmup_epochs:g})"
+    f"{optim.lr_per_256:g}), {clipping} --config.optim.agc_clipping (now "
+    f"{optim.agc_clipping:g}), or more --config.optim.warmup_{warmup} (now "
+    f"{optim[f'warmup_{warmup}']:g})"
   )
 
 

@@ -124,8 +124,11 @@ def kill_when(is_time, command, environment):
   return was_running
 
 
-def run_pod(environment, *options):
-  """Trains in two processes as one; of each exit code, output and errors."""
+def run_pod(environment, *options, second=()):
+  """Trains in two processes as one; of each exit code, output and errors.
+
+  The second process has more options.
+  """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -134,9 +137,10 @@ def run_pod(environment, *options):
     "JAX_COORDINATOR_BIND_ADDRESS": address,
     "JAX_NUM_PROCESSES": "2",
   }
+  command = [sys.executable, "-m", "nfnets.main", "train", "--pod"]
   hosts = [
     subprocess.Popen(
-      [sys.executable, "-m", "nfnets.main", "train", "--pod", *options],
+      [*command, *options, *second[: index * len(second)]],
       env=variables | {"JAX_PROCESS_ID": str(index)},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

@@ -242,6 +242,34 @@ def test_a_round_goes_on_at_its_own_sizes(start, tmp_path):
   with pytest.raises(InputError, match=r"another run \(images: "):
     recipe.changes_since(recipe.resolve(chosen), folder)
 
+  # The weights that it began with may be written otherwise, or be left out.
+  config.init_from = str(start / ".." / start.name)
+  assert rounds.choose(config, workdir)[1] == workdir / "round_002"
+  config.init_from = None
+  assert rounds.choose(config, workdir)[1] == workdir / "round_002"
+  config.init_from = "dm_nfnet_f1"
+  for given in (workdir, folder):
+    with pytest.raises(InputError, match=r"began with .*for dm_nfnet_f1 choo"):
+      rounds.choose(config, given)
+
+
+def test_a_group_of_classes_without_held_out_images_is_left_out():
+  before, after = np.diag([3, 1, 0]), np.diag([2, 2, 0])
+  before[0, 1] = after[1, 0] = 1
+  tables = {"before": before, "after": after}
+  rows = rounds.compare(tables, np.array([True, True, False]))
+  known = {"classes": 2, "images": 5, "before": 4 / 5, "after": 4 / 5}
+  assert rows == {"known classes": known, "all classes": known | {"classes": 3}}
+  json.dumps(rows, allow_nan=False)
+  rows = rounds.compare(tables, np.array([True, False, False]))
+  assert rows["known classes"]["before"] == 3 / 4
+  assert rows["new classes"] == {
+    "classes": 2,
+    "images": 3,
+    "before": 1,
+    "after": 2 / 3,
+  }
+
 
 def test_images_to_test_with_are_needed(start, tmp_path):
   _write_digits(tmp_path, (5, 6), slice(0, 1))

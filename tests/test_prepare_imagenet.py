@@ -254,6 +254,7 @@ def test_the_recipe_trains_resumes_and_evaluates(
     "--config.train.epochs=2",
     "--config.train.precision=float32",
     "--config.augment.randaugment_layers=1",
+    "--config.augment.randaugment_magnitude=5",
     "--config.optim.warmup_epochs=0.2",
     "--config.log_every_steps=1",
     "--config.checkpoint_every_steps=1",

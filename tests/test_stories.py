@@ -136,6 +136,7 @@ def test_two_processes_train_as_one(finished, environment, tmp_path):
   assert [code for code, *_ in results] == [0, 0], results
   first, second = (output for _, output, _ in results)
   assert "on 2 x cpu" in first
+  assert re.search(r"warm-up of 22 steps is not over .* rises to 0.22\d", first)
   assert "done" in first
   assert "done" not in second
   # Dropout draws per device, so the losses are near, not equal.
@@ -143,6 +144,35 @@ def test_two_processes_train_as_one(finished, environment, tmp_path):
   assert [row["step"] for row in ours] == list(range(1, 12))
   np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=0.02)
   assert read_rows(workdir, "eval")[-1]["step"] == 11
+
+
+def test_processes_with_other_settings_are_refused(environment, tmp_path):
+  workdir = tmp_path / "pod"
+  options = [f"--workdir={workdir}", *TINY_RUN]
+  results = run_pod(
+    environment, *options, second=["--config.optim.lr_per_256=0.5"]
+  )
+  for (code, _, errors), value in zip(results, ("2.0", "0.5"), strict=True):
+    assert code == 1
+    assert re.search(
+      rf"differ in optim.lr_per_256 \(here {value}\): start the same", errors
+    )
+  assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_a_workdir_are_refused(
+  environment, tmp_path
+):
+  ours, other = tmp_path / "1" / "pod", tmp_path / "2" / "pod"
+  options = [f"--workdir={ours}", *TINY_RUN]
+  for code, _, errors in run_pod(
+    environment, *options, second=[f"--workdir={other}"]
+  ):
+    assert code == 1
+    assert re.search(r"not the same folder .*process 1 does not see", errors)
+  assert not list(ours.iterdir())
+  assert not other.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -526,8 +556,21 @@ def test_help_is_quick_and_complete(nfnets):
     (["train", "--config.data.mean=1,2"], r"mean=\(1, 2\): must be three"),
     (["train", "--config.data.std=0,0,0"], r"std=.*: must be three numbers"),
     (["train", "--config.data.test_size=-3"], r"test_size=-3: must be more"),
+    (["train", "--config.data.num_threads=-1"], r"threads=-1: must be more"),
+    (
+      ["train", "--config.augment.randaugment_magnitude=31"],
+      r"randaugment_magnitude=31: must be 0 to 30",
+    ),
+    (
+      ["train", "--config.augment.randaugment_layers=2"],
+      r"layers=2: no magnitude was published for nfnet_tiny; give --config",
+    ),
+    (
+      ["train", "--config.data.source=folder", "--config.data.dir="],
+      r"source=folder needs --config.data.dir",
+    ),
     (["train", "--config.seed=99999999999"], r"seed=99999999999: must be 0"),
-    (["train", "--config.model.final_conv_ratio=0"], r"ratio=0.0 is not pos"),
+    (["train", "--config.model.final_conv_ratio=0"], r"ratio=0.0 of .*: no c"),
     (["train", "--config.model.stem_width=0,8"], r"stem_width=\(0, 8\): wid"),
     (["train", "--config.train.epochs=0.01"], r"less than one step: raise"),
     (["train", "--wrokdir=x"], r"--wrokdir is no option .*mean --workdir"),
@@ -647,3 +690,5 @@ def test_a_run_that_diverges_says_what_to_try(nfnets, tmp_path):
   assert rows[-1]["step"] < int(found[1])
   assert all(np.isfinite(list(row.values())[2:]).all() for row in rows)
   assert "lower --config.optim.lr_per_256 (now 1e+09)" in result.stderr
+  assert "some --config.optim.agc_clipping (now 0)" in result.stderr
+  assert "more --config.optim.warmup_epochs (now 1)" in result.stderr

@@ -163,6 +163,7 @@ def test_the_imagenet_recipe_trains_resumes_and_evaluates(
     "--config.train.batch_size=8",
     "--config.train.precision=float32",
     "--config.augment.randaugment_layers=1",
+    "--config.augment.randaugment_magnitude=5",
     "--config.optim.warmup_epochs=0.2",
     "--config.log_every_steps=1",
     "--config.eval.batch_size=4",

@@ -27,7 +27,7 @@ def random_window(
   """A training crop: random aspect, then height, then place, all uniform.
 
   Falls back to the evaluation's padded centre crop for `size` when ten draws
-  give nothing (a very long image).
+  give nothing (a very long image). A draw of the whole image is drawn again.
 
   Args:
     height, width: Of the image.

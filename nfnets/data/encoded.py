@@ -3,6 +3,7 @@
 The decoders leave Python's lock, so threads of one process use all cores.
 """
 
+import os
 import sys
 import threading
 import warnings
@@ -148,9 +149,17 @@ def _random_crop(
   cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
 
 
-def make_pool(num_threads: int) -> ThreadPoolExecutor:
-  """Threads that decode; OpenCV's own are turned off."""
+def make_pool(num_threads: int | None = None) -> ThreadPoolExecutor:
+  """Threads that decode; OpenCV's own are turned off.
+
+  None: one for each core that this process may use, which on a cluster can be
+  few of the machine's.
+  """
   import cv2
 
+  if num_threads is None:
+    has_affinity = hasattr(os, "sched_getaffinity")  # Not on a Mac.
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    num_threads = cores or 1
   cv2.setNumThreads(0)
   return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")

@@ -1,6 +1,5 @@
 """Data sets by name: the one table, and what each is made from."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def load(
       (`tfds_source.SPLITS`).
     held_out_share: For testing, where a data set does not say.
     max_broken: Files that may be unreadable before it is an error.
-    num_threads: That decode; None: one per core.
+    num_threads: That decode; None: one per core that the process may use.
 
   Raises:
     UsageError: for an unknown name.
@@ -44,9 +43,9 @@ def load(
     raise unknown("data source", name, SOURCES)
   pool = None
   if name in _ENCODED:
-    if directory is None:
+    if not directory:
       raise UsageError(f"config.data.source={name} needs --config.data.dir")
-    pool = encoded.make_pool(num_threads or os.cpu_count() or 1)
+    pool = encoded.make_pool(num_threads)
   return SOURCES[name](
     sizes=sizes,
     directory=Path(directory) if directory else None,

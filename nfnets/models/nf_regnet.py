@@ -31,7 +31,7 @@ class Variant(NamedTuple):
   drop_rate: float  # Dropout before the classifier, in training.
   train_size: int  # Training image side, pixels.
   test_size: int  # Evaluation image side, pixels.
-  randaugment_magnitude: int = 0
+  randaugment_magnitude: int = 0  # None was published.
   width_ratio: float = 0.75
   expansion: float = 2.25  # Bottleneck / input channels; 1 in the first block.
   group_width: int = 8  # Channels per group.

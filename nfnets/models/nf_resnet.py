@@ -24,7 +24,7 @@ class Variant(NamedTuple):
   drop_rate: float = 0.25  # Dropout before the classifier, in training.
   train_size: int = 224  # Training image side, pixels.
   test_size: int = 224  # Evaluation image side, pixels.
-  randaugment_magnitude: int = 0
+  randaugment_magnitude: int = 0  # None was published.
   bottleneck_ratio: float = 0.25
   stem_width: int = 64
   se_ratio: float = 0.0  # Squeeze-excite hidden / channels; 0 leaves it out.

@@ -30,7 +30,7 @@ class Variant(NamedTuple):
   drop_rate: float  # Dropout before the classifier, in training.
   train_size: int  # Training image side, pixels.
   test_size: int  # Evaluation image side, pixels.
-  randaugment_magnitude: int  # Of 4 RandAugment layers (Table 1).
+  randaugment_magnitude: int  # Of 4 layers (Table 1); 0: none published.
   group_width: tuple[int, ...] = (128, 128, 128, 128)  # Channels per group.
   bottleneck_ratio: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5)
   stem_width: tuple[int, ...] = (16, 32, 64)  # Then half of width[0].
