@@ -122,12 +122,15 @@ def has_weights(workdir: Path) -> bool:
 
 
 def rounds_of(workdir: Path) -> list[Path]:
-  """The folders of a run whose images grow, oldest first."""
+  """The folders of a run whose images grow, oldest first.
+
+  One in which nothing was trained, as its start failed, is none.
+  """
   number = lambda path: path.name.removeprefix("round_")
   found = [
     path
     for path in workdir.glob("round_*")
-    if path.is_dir() and number(path).isdigit()
+    if number(path).isdigit() and (path / CONFIG).is_file()
   ]
   return sorted(found, key=lambda path: int(number(path)))
 

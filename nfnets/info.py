@@ -121,6 +121,7 @@ def print_groups(console: Console, model: models.Model) -> None:
     )
   total = [size for group in sizes.values() for size in group]
   table.add_row("all", "", "", f"{len(total):,}", f"{sum(total):,}")
+  console.print(f"{model.name} with {model.num_classes:,} classes")
   console.print(table)
 
 

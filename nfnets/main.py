@@ -37,7 +37,8 @@ _WEIGHTS_HELP = (
 # What to do where a device's memory is too small.
 _TO_SAVE_MEMORY = {
   "train": "--config.train.accumulate=4, which computes a batch in four parts, "
-  "or --config.train.remat=blocks, which keeps less for the gradient",
+  "--config.train.remat=blocks, which keeps less for the gradient, or a "
+  "smaller --config.train.batch_size",
   "evaluate": "a smaller --config.eval.batch_size",
   "predict": "a smaller --batch_size, or --precision=bfloat16",
 }
@@ -111,6 +112,15 @@ def _no_option(
   (subparsers,) = parser._subparsers._group_actions
   known = subparsers.choices[command]._option_string_actions
   close = difflib.get_close_matches(given, known, n=1)
+  if "--config" in known:
+    from configs import base
+
+    name = given.lstrip("-").replace("-", "_")
+    for section, values in base.get_config().to_dict().items():
+      if section == name:
+        close = [f"--config.{name}"]
+      elif isinstance(values, dict) and name in values:
+        close = [f"--config.{section}.{name}"]
   hint = f": did you mean {close[0]}?" if close else ""
   return UsageError(f"{given} is no option of `nfnets {command}`{hint}")
 
@@ -277,8 +287,11 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
   if devices.is_first_host():
     from nfnets import card
 
+    what = "EMA weights"
+    if config.train.patience is not None:
+      what = "the best EMA weights, which are kept"
     print(
-      f"done: test accuracy {result.top1:.2%} (EMA weights); "
+      f"done: test accuracy {result.top1:.2%} ({what}); "
       f"weights and curves are in {card.newest_round(workdir)}"
     )
 
@@ -356,6 +369,11 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
   if shown:
     predict.save_grid(shown, args.grid)
     print(f"wrote {args.grid} with {len(shown)} images", file=sys.stderr)
+  if num_failures and len(found) > 1:
+    print(
+      f"nfnets predict: {num_failures} of {len(found)} files could not be read",
+      file=sys.stderr,
+    )
   return 1 if num_failures else 0
 
 

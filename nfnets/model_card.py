@@ -37,9 +37,9 @@ for values in probabilities:  # float32 [N, {num_classes}]
 """
 
 _NOTE = """\
-The file normalises the colours itself: give it grey levels. Pillow smooths
-where it makes an image smaller, which `nfnets predict` does not, so
-probabilities differ a little.
+The file normalises the colours itself: give it grey levels. Pillow resizes by
+another bicubic than `nfnets predict` (and smooths where it makes an image
+smaller), so probabilities differ a little.
 
 """
 

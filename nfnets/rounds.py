@@ -29,14 +29,18 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
     The config with what it starts from, and the folder.
 
   Raises:
-    InputError: when the config names weights that no round started from.
+    InputError: when the workdir is another run, or the config names weights
+      that no round started from.
   """
   config = config.copy_and_resolve_references()
-  has_config = lambda folder: (folder / cards.CONFIG).is_file()
   path = workdir.resolve()
-  is_round = has_config(path) and path in cards.rounds_of(path.parent)
+  is_round = path in cards.rounds_of(path.parent)
+  if not is_round and (workdir / cards.CONFIG).is_file():
+    raise InputError(
+      f"{workdir} holds another run, one without rounds: choose another "
+      "--workdir for images that are added to (config.data.grows)"
+    )
   rounds = cards.rounds_of(path.parent if is_round else workdir)
-  rounds = list(filter(has_config, rounds))
   if not rounds:
     return config, workdir / "round_001"
   last = workdir if is_round else rounds[-1]

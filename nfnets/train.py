@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from nfnets import card as cards
 from nfnets import (
   checkpoint,
   devices,
@@ -32,7 +33,6 @@ from nfnets import (
   rounds,
   steps,
 )
-from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.errors import InputError
 from nfnets.patience import Patience
@@ -64,6 +64,11 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   recipe.check(config)
   with _stop_on_signal() as stop:
     if not config.data.grows:
+      if found := cards.rounds_of(Path(workdir)):
+        raise InputError(
+          f"{workdir} holds {found[-1].name} of images that are added to: "
+          "choose another --workdir for a run without rounds"
+        )
       return _train(config, Path(workdir), stop)
     config, folder = rounds.choose(config, Path(workdir))
     result = _train(config, folder, stop)
@@ -136,6 +141,12 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     bar.say(_headline(r, mesh, workdir, start, is_over=is_over))
     for change in changes:
       bar.say(f"changed since the last start: {change}")
+    num_images = r.source.train.num_examples
+    if batch_size > num_images and not is_over:
+      bar.say(
+        f"a batch of {batch_size:,} is more than the {num_images:,} images "
+        "there are: a smaller --config.train.batch_size gives more steps"
+      )
     if r.warmup_steps >= r.total_steps and not is_over:
       highest = r.make_schedule()(r.total_steps - 1)
       bar.say(
@@ -291,7 +302,9 @@ def _start_from(
   )
 
 
-def _ema_weights(state: steps.TrainState, r: recipe.Recipe) -> tuple[Any, Card]:
+def _ema_weights(
+  state: steps.TrainState, r: recipe.Recipe
+) -> tuple[Any, cards.Card]:
   """The averaged weights, with the published names, and what they are."""
   params = r.model.unstack(jax.device_get(state.ema_params))
   return params, r.card._replace(step=int(state.step))
@@ -488,7 +501,11 @@ def _stop_on_signal():
     del frame
     stop.reason = signal.Signals(number).name
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("stopping after this step; Ctrl-C again stops at once", flush=True)
+    print(
+      "stopping after this step (the first is compiled before it); Ctrl-C "
+      "again stops at once",
+      flush=True,
+    )
 
   is_main = threading.current_thread() is threading.main_thread()
   numbers = (signal.SIGINT, signal.SIGTERM)

@@ -3,7 +3,9 @@
 # compiler plans; with an environment of its own, built if need be. --help tells.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-venv=$root/.venv-compilers NFNETS_EXTRAS=[compilers]
+if [[ " $* " != *" --help "* ]]; then  # Which the package alone can print.
+  venv=$root/.venv-compilers NFNETS_EXTRAS=[compilers]
+fi
 build_environment
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost
 export ALLOW_MULTIPLE_LIBTPU_LOAD=1

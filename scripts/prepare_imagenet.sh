@@ -3,7 +3,9 @@
 # --help`. Only this needs TensorFlow, which gets an environment of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-venv=$root/.venv-tensorflow NFNETS_EXTRAS=[tensorflow]
+if [[ " $* " != *" --help "* ]]; then  # Which the package alone can print.
+  venv=$root/.venv-tensorflow NFNETS_EXTRAS=[tensorflow]
+fi
 build_environment
 export TF_CPP_MIN_LOG_LEVEL=2
 exec "$venv/bin/python" "$root/scripts/prepare_imagenet.py" "$@"

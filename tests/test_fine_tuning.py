@@ -253,6 +253,30 @@ def test_a_round_goes_on_at_its_own_sizes(start, tmp_path):
       rounds.choose(config, given)
 
 
+def test_a_run_and_rounds_do_not_share_a_workdir(start, nfnets, tmp_path):
+  """Nothing is written, and other commands still find what is there."""
+  _write_digits(tmp_path / "photos", (5, 6), slice(0, 40))
+  workdir = tmp_path / "run"
+  shutil.copytree(start, workdir)
+  before = set(workdir.rglob("*"))
+  command = _fine_tune(start, tmp_path / "photos", workdir)
+  result = nfnets("train", *command)
+  assert result.returncode == 1
+  assert re.search(r"another run, one without rounds: choose", result.stderr)
+  assert set(workdir.rglob("*")) == before
+  # What a first round leaves whose weights were not there.
+  (workdir / "round_001" / "checkpoints").mkdir(parents=True)
+  assert pretrained.load(workdir).keys() == pretrained.load(start).keys()
+
+  (tmp_path / "rounds").mkdir()
+  shutil.move(workdir, tmp_path / "rounds" / "round_001")
+  command = [*command, "--config.data.grows=False"]
+  command += [f"--workdir={tmp_path / 'rounds'}"]
+  result = nfnets("train", *command)
+  assert result.returncode == 1
+  assert re.search(r"holds round_001 of images that are added", result.stderr)
+
+
 def test_a_group_of_classes_without_held_out_images_is_left_out():
   before, after = np.diag([3, 1, 0]), np.diag([2, 2, 0])
   before[0, 1] = after[1, 0] = 1

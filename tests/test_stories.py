@@ -422,7 +422,10 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
   for size in (1, 3, 32):  # In several batches, the last of them not full.
     command = ["predict", f"--workdir={finished}", "--top=2", tmp_path]
     result = nfnets(*command, f"--batch_size={size}")
-    _fails(result, 1, r"0_bad.png is not an image in a known format")
+    assert result.returncode == 1
+    reason, number = result.stderr.splitlines()
+    assert "0_bad.png is not an image in a known format" in reason
+    assert number == "nfnets predict: 1 of 4 files could not be read"
     outputs.append(result.stdout)
   assert outputs == [outputs[0]] * 3
   lines = outputs[0].splitlines()
@@ -573,6 +576,8 @@ def test_help_is_quick_and_complete(nfnets):
     (["train", "--config.model.final_conv_ratio=0"], r"ratio=0.0 of .*: no c"),
     (["train", "--config.model.stem_width=0,8"], r"stem_width=\(0, 8\): wid"),
     (["train", "--config.train.epochs=0.01"], r"less than one step: raise"),
+    (["train", "--epochs=3"], r"--epochs is .*mean --config.train.epochs\?"),
+    (["train", "--init-from=x"], r"--init-from is .*mean --config.init_from"),
     (["train", "--wrokdir=x"], r"--wrokdir is no option .*mean --workdir"),
     (["train", "--config.optim.lr=1"], r"no such key: 'lr'; configs/base.py"),
     (["evaluate"], r"give either --workdir or --weights"),
