@@ -49,7 +49,7 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   if config.init_from and _place(config.init_from) not in map(_place, starts):
     raise InputError(
       f"{workdir} holds rounds that began with --config.init_from={starts[0]}, "
-      f"and go on from their own weights: give the same, or for "
+      "and go on from their own weights: give the same, or for "
       f"{config.init_from} choose another --workdir"
     )
   sizes = {  # Open ones stay those of the round; `fill` may take another.
