@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,12 +36,17 @@ def main() -> None:
   """Measures what was asked for and writes the report."""
   args = options.parse(sys.argv[1:])
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  benchmark = None
   try:
-    Benchmark(args).run()
+    benchmark = Benchmark(args)
+    benchmark.run()
   except FailedError as error:
     sys.exit(str(error))
   except KeyboardInterrupt:
-    say(f"stopped; what was finished is in {args.out}")
+    if benchmark and benchmark.is_saved:
+      say(f"stopped; what was finished is in {args.out}")
+    else:
+      say("stopped before anything was measured")
     sys.exit(130)
 
 
@@ -74,9 +80,19 @@ class Benchmark:
     from nfnets.errors import InputError
 
     self.args = args
+    self.is_saved = False
+    try:
+      args.out.mkdir(parents=True, exist_ok=True)
+      (args.out / report.JSON).open("a").close()
+    except OSError as error:
+      raise FailedError(f"--out={args.out}: {error.strerror}") from None
     columns = {"depth": tuple(args.depth)} if args.depth else {}
     try:
-      self.models = [models.make(name, **columns) for name in args.model]
+      # Which form is not asked for: that would open the device here, and on a
+      # TPU no worker could.
+      self.models = [
+        models.make(name, is_packed=False, **columns) for name in args.model
+      ]
     except InputError as error:
       raise FailedError(str(error)) from None
     self.commands = {
@@ -85,7 +101,14 @@ class Benchmark:
     ours = Worker.describe(self.commands["ours"])
     self.device = {"cpu": "cpu", "tpu": "tpu"}.get(ours["backend"], "gpu")
     self.machine = describe_machine() | ours
-    self._find_timm()
+    if self.device == "cpu" and shutil.which("nvidia-smi"):
+      say(
+        "JAX sees no GPU here and the processor is measured: for the GPU, "
+        "start it with NFNETS_EXTRAS=[test,cuda], or without JAX_PLATFORMS"
+      )
+    self.has_timed = {*args.what} != {"input"}
+    if self.has_timed and "timm" not in args.skip:
+      self._find_timm()
     args.batch = args.batch or [options.BATCH[self.device]]
     if len(args.batch) == 1:
       args.batch *= len(args.model)
@@ -97,27 +120,31 @@ class Benchmark:
 
   def _find_timm(self) -> None:
     """Finds a Python with timm for this device, or says why there is none."""
-    if "timm" in self.args.skip:
+    if self.device == "tpu":
+      say("timm is left out: PyTorch here has no TPU")
       return
-    script = str(SCRIPTS / "benchmark_timm.py")
-    commands = [[sys.executable, script]]
+    pythons = [[sys.executable]]
     if not self.args.as_found:
-      commands.insert(0, [str(SCRIPTS / "timm.sh"), script])
-    for command in commands:
+      own = [str(SCRIPTS / "timm.sh")]
+      # Builds the environment, aloud.
+      if not subprocess.run([*own, "-c", "pass"], check=False).returncode:
+        pythons.insert(0, own)
+    reasons = []
+    for python in pythons:
+      command = [*python, str(SCRIPTS / "benchmark_timm.py")]
       try:
         found = Worker.describe(command)
-        break
       except FailedError as error:
-        reason = str(error)
-    else:
-      say(f"timm is left out: {reason}")
+        reasons.append(str(error))
+        continue
+      if self.device == "gpu" and not found["has_cuda"]:
+        reasons.append(f"torch {found['versions']['torch']} sees no GPU")
+        continue
+      self.commands["timm"] = command
+      self.machine["versions"] |= found["versions"]
+      self.machine["torch_threads"] = found["num_threads"]
       return
-    if self.device == "tpu" or (self.device == "gpu" and not found["has_cuda"]):
-      say(f"timm is left out: PyTorch here has no {self.device.upper()}")
-      return
-    self.commands["timm"] = command
-    self.machine["versions"] |= found["versions"]
-    self.machine["torch_threads"] = found["num_threads"]
+    say(f"timm is left out: {'; '.join(reasons)}")
 
   def contestants(self, task: str) -> list[str]:
     """Who takes part in a task, of those that can."""
@@ -140,9 +167,10 @@ class Benchmark:
       f"{k} {v}" for k, v in self.machine["versions"].items()
     )
     say(f"{self.machine['text']}; {self.machine['device']}; {versions}")
-    frameworks = {"ours": "ours", "timm": "timm_nchw"}
-    names = [frameworks[name] for name in self.commands]
-    self.measure([Place(None, "peak", "matmul", name) for name in names])
+    if self.has_timed:
+      frameworks = {"ours": "ours", "timm": "timm_nchw"}
+      names = [frameworks[name] for name in self.commands]
+      self.measure([Place(None, "peak", "matmul", name) for name in names])
     self._measure_tasks()
     if "compile" in self.args.what:
       for model, task in itertools.product(
@@ -177,7 +205,9 @@ class Benchmark:
       "rows": list(filter(is_over, self.rows)),
       "tables": self.tables,
     }
-    return report.save(data, self.args.out)
+    data = report.save(data, self.args.out)
+    self.is_saved = True
+    return data
 
   def _row(self, place: Place) -> dict:
     """Where the figures of a contestant go, beginning with its job."""
@@ -194,9 +224,10 @@ class Benchmark:
     self.rows.append(row)
     return row
 
-  def _start(self, row: dict, **variables: str) -> Worker:
+  def _start(self, row: dict) -> Worker:
     job = Job(**{field: row[field] for field in Job._fields})
     kind = "timm" if job.contestant.startswith("timm") else "ours"
+    variables = {}
     if job.contestant in self.args.xla_flags:
       given = os.environ.get("XLA_FLAGS", "")
       variables["XLA_FLAGS"] = f"{given} {job.contestant}".strip()
@@ -209,8 +240,8 @@ class Benchmark:
     """
     wanted = {
       task: "train" if task in options.WHAT["train"] else what
-      for what in self.args.what
-      if what != "compile"
+      for what in options.WHAT
+      if what in self.args.what and what != "compile"
       for task in options.WHAT[what]
     }
     tasks = [
@@ -234,22 +265,23 @@ class Benchmark:
         contextlib.closing(self._start(row))
       )
       if self.args.at_once:
-        workers = self._prepare_at_once(rows, list(map(start, rows)))
+        workers = [start(row) for row in rows]
+        self._prepare_at_once(rows, workers)
+        ready = list(map(self._warm_up, rows, workers))
       else:
-        workers = (self._prepare(row, start(row)) for row in rows)
-      entries = [
-        entry
-        for row, worker in zip(rows, workers, strict=True)
-        if worker and (entry := self._warm_up(row, worker))
-      ]
+        ready = []
+        for row in rows:
+          worker = start(row)
+          self._prepare(row, worker)
+          ready.append(self._warm_up(row, worker))
+      entries = [entry for entry in ready if entry]
       task_of = lambda entry: report.group_of(entry.row)
-      for _, group in itertools.groupby(entries, task_of):
+      for (what, *_), group in itertools.groupby(entries, task_of):
         self._time_in_turn(list(group))
-        self.save()
+        if what != "peak":  # The report of before stays until there is more.
+          self.save()
 
-  def _prepare_at_once(
-    self, rows: list[dict], workers: list[Worker]
-  ) -> list[Worker | None]:
+  def _prepare_at_once(self, rows: list[dict], workers: list[Worker]) -> None:
     """All of them at the same time; those that take too long are left out."""
     with concurrent.futures.ThreadPoolExecutor(max(1, len(rows))) as pool:
       futures = [
@@ -265,7 +297,8 @@ class Benchmark:
       for worker, future in zip(workers, futures, strict=True):
         if future in late:
           worker.stop(f"not ready in {self.args.ready_in:g} s")
-      return [future.result() for future in futures]
+      for future in futures:
+        future.result()
 
   def _time_in_turn(self, entries: list[Entry]):
     for i in range(self.args.rounds):
@@ -276,23 +309,24 @@ class Benchmark:
       if "error" not in entry.row:
         self._finish(entry)
 
-  def _prepare(self, row: dict, worker: Worker) -> Worker | None:
+  def _prepare(self, row: dict, worker: Worker) -> None:
     """Has a contestant compile."""
     try:
       row |= worker.ask("prepare")
     except FailedError as error:
-      self._fail(row, error)
-      return None
+      self._fail(row, worker, error)
+      return
     if compiled := row.get("compile_seconds"):
       say(f"{_name(row)} compiled in {compiled:.1f} s")
-    return worker
 
   def _warm_up(self, row: dict, worker: Worker) -> Entry | None:
-    """Has a contestant run until it is warm."""
+    """Has a contestant that compiled run until it is warm."""
+    if "error" in row:
+      return None
     try:
       seconds = worker.ask("warm_up")["seconds"]
     except FailedError as error:
-      self._fail(row, error)
+      self._fail(row, worker, error)
       return None
     say(f"{_name(row)} ready: {report.seconds(seconds)} a call")
     calls = max(1, round(self.args.seconds / max(seconds, 1e-9)))
@@ -304,7 +338,7 @@ class Benchmark:
     try:
       figures = entry.worker.ask("round", calls=entry.calls)
     except FailedError as error:
-      self._fail(row, error)
+      self._fail(row, entry.worker, error)
       return
     figures["others_load"] = load.of_others()
     for key, value in figures.items():
@@ -337,11 +371,11 @@ class Benchmark:
     for i, row in itertools.product(range(rounds), rows):
       if "error" in row:
         continue
-      worker = self._start(row, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+      worker = self._start(row)
       try:
         facts = worker.ask("prepare")
       except FailedError as error:
-        self._fail(row, error)
+        self._fail(row, worker, error)
         continue
       finally:
         worker.close()
@@ -352,20 +386,32 @@ class Benchmark:
         f"{_name(row)} compilation {i + 1}/{rounds}: {row['seconds'][-1]:.1f} s"
       )
 
-  def _fail(self, row: dict, error: FailedError) -> None:
+  def _fail(self, row: dict, worker: Worker, error: FailedError) -> None:
+    """Ends a contestant, whose memory the others may need."""
     row["error"] = str(error)
+    worker.stop(str(error))
     say(f"{_name(row)} failed: {error}")
 
   def input(self) -> None:
     """The pipelines that feed the device, by the script that compares them."""
-    command = [SCRIPTS / "benchmark_input.sh", f"--rounds={self.args.rounds}"]
-    result = subprocess.run(
-      command, stdout=subprocess.PIPE, text=True, check=False
+    command = [str(SCRIPTS / "benchmark_input.sh")]
+    if self.args.as_found:
+      command = [sys.executable, str(SCRIPTS / "benchmark_input.py")]
+    process = subprocess.Popen(
+      [*command, f"--rounds={self.args.rounds}"],
+      stdout=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
     )
-    if result.returncode:
-      say(f"input failed: benchmark_input.sh ended with {result.returncode}")
+    try:
+      table, _ = process.communicate()
+    except BaseException:  # With all that it started.
+      os.killpg(process.pid, signal.SIGTERM)
+      raise
+    if process.returncode:
+      say(f"input failed: benchmark_input.py ended with {process.returncode}")
     else:
-      self.tables["input"] = result.stdout.strip()
+      self.tables["input"] = table.strip()
 
 
 def _name(row: dict) -> str:

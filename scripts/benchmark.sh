@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 can_run() {
-  "$1" -c 'import haiku, jax, matplotlib, optax' >/dev/null 2>&1
+  "$1" -c 'import haiku, jax, optax' >/dev/null 2>&1
 }
 
 find_installed() {
@@ -18,13 +18,21 @@ find_installed() {
       return
     fi
   done
-  fail "no Python here can import jax, haiku, optax and matplotlib; name one \
-that can: PYTHON=/path/to/python $0 --as_found"
+  fail "no Python here can import jax, haiku and optax; name one that can: PYTHON=/path/to/python $0 --as_found"
 }
 
 for argument in "$@"; do
   [ "$argument" = --as_found ] && as_found=1
 done
+if [ -z "${as_found-}" ] && python=$(find_python 2>/dev/null); then
+  # --help and what is misspelt need no environment.
+  PYTHONPATH=$root/scripts "$python" -B -c "
+import sys, benchmark_options
+benchmark_options.parse(sys.argv[1:])" "$@" || exit
+  for argument in "$@"; do
+    case $argument in --help | -h) exit ;; esac
+  done
+fi
 if [ -z "${as_found-}" ] && (build_environment); then
   python=$venv/bin/python
 else

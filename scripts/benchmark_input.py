@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from benchmark_machine import num_cores
 
 SIZE = 192  # Pixels, F0's training images.
 NUM_LAYERS, MAGNITUDE = 4, 5  # Of RandAugment.
@@ -387,11 +389,6 @@ ROWS = {
 }
 
 
-def num_cores() -> int:
-  """Cores that this process may use."""
-  return len(os.sched_getaffinity(0))
-
-
 def make_images(folder: Path, num: int) -> None:
   """Writes the JPEGs, as files and as a TFDS set (without TensorFlow)."""
   import tensorflow_datasets as tfds
@@ -477,7 +474,7 @@ def to_markdown(rates: dict[str, list[float]]) -> str:
 
 
 def main() -> None:
-  """Times all rows in turn and prints the table."""
+  """The command line."""
   parser = argparse.ArgumentParser(
     prog="benchmark_input.sh", description=__doc__.split("\n\n")[0]
   )
@@ -503,12 +500,30 @@ def main() -> None:
   )
   parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
+  for option in ("rounds", "seconds", "images"):
+    if not getattr(args, option) > 0:
+      parser.error(f"--{option}={getattr(args, option)} is not positive")
   if args.one:
     name, folder = args.one
     print(measure(name, Path(folder), args.seconds), flush=True)
     os._exit(0)  # Threads and workers that are still busy end with it.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  try:
+    compare(args)
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+def compare(args: argparse.Namespace) -> None:
+  """Times all rows in turn and prints the table."""
   with tempfile.TemporaryDirectory() as folder:
-    make_images(Path(folder), args.images)
+    try:
+      make_images(Path(folder), args.images)
+    except ModuleNotFoundError as error:
+      sys.exit(
+        f"{error}: the images are made by tensorflow-datasets, Pillow "
+        "and scikit-learn"
+      )
     size = statistics.mean(map(len, load_jpegs(Path(folder)))) / 1000
     rates: dict[str, list[float]] = {name: [] for name in args.rows}
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # Workers end by force.

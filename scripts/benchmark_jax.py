@@ -292,6 +292,8 @@ def _find_costliest(call: Callable[[], Any], compiled: Any) -> list[dict]:
           name = of_kernels.get(event.name, name)
           name = name if name in sources else event.name
           seconds[name] += event.duration_ns * 1e-9 / PROFILED_CALLS
+  if not seconds:
+    raise ValueError("the profiler recorded no kernels")
   total = sum(seconds.values())
   return [
     {

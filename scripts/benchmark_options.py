@@ -1,6 +1,7 @@
 """The benchmark's command line: what can be measured, and who takes part."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(
     prog="benchmark.sh",
+    allow_abbrev=False,  # benchmark.sh reads some of them too.
     description=DESCRIPTION,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -108,7 +110,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   add(
     "--at_once", action="store_true",
     help="contestants of all networks and tasks compile at the same time: for "
-    "machines with many cores, and memory for all",
+    "machines with many cores, and memory for all; compilers that choose "
+    "kernels by timing them, on GPUs, may choose worse",
   )  # fmt: skip
   add(
     "--ready_in", type=float, metavar="SECONDS",
@@ -135,7 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
       parser.error(f"--xla_flags={flags}: flags of XLA begin with --xla_")
   for option in ("size", "rounds", "seconds", "ready_in"):
     given = getattr(args, option)
-    if given is not None and not given > 0:
+    if given is not None and not 0 < given < math.inf:
       parser.error(f"--{option}={given} is not positive")
   if args.batch and not min(args.batch) > 0:
     parser.error(f"--batch={min(args.batch)} is not positive")
@@ -148,6 +151,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.error("--ready_in is for --at_once")
   if args.profile and not {"train", "step"} & {*args.what}:
     parser.error("--profile is of a train step: add train to --what")
+  tasks = {task for what in args.what for task in WHAT[what]}
+  if args.also and not tasks & CONTESTANTS["scanned"]:
+    parser.error("--also is of training: add train to --what")
+  take_part = lambda task: contestants(
+    task,
+    device="gpu",  # Where most do.
+    also=args.also,
+    xla_flags=args.xla_flags,
+    timm_compile=args.timm_compile,
+    skip=args.skip,
+  )
+  if tasks and not any(map(take_part, tasks)):
+    parser.error("--skip leaves out all contestants")
   return args
 
 
@@ -173,4 +189,4 @@ def contestants(
     for name, tasks in CONTESTANTS.items()
     if task in tasks and name in wanted - {*skip}
   ]
-  return named + xla_flags * (task in CONTESTANTS["ours"])
+  return named + (xla_flags if task in CONTESTANTS["ours"] else [])

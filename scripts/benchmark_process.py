@@ -12,12 +12,13 @@ from benchmark_worker import Job
 
 from nfnets.main import MALLOC
 
-# No compilation may come from an earlier run; several processes share a GPU,
-# so none takes it all; and libraries keep to themselves what they think. Memory
-# is set as `nfnets` starts with it; for PyTorch too.
+# No compilation may come from an earlier run; several processes share a GPU, so
+# none takes it all; and libraries keep to themselves what they think. Memory is
+# set as `nfnets` starts with it; for PyTorch too.
 _ENVIRONMENT = {
   "GLIBC_TUNABLES": MALLOC,
   "JAX_ENABLE_COMPILATION_CACHE": "false",
+  "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
   "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "PYTHONWARNINGS": "ignore",

@@ -4,6 +4,7 @@ Rows come from benchmark.py as they were timed; `summarize` adds what follows
 from several of them: ratios, shares of the device's peak.
 """
 
+import contextlib
 import json
 import statistics
 import textwrap
@@ -34,6 +35,7 @@ TASKS = {
   "forward": "forward",
   "update": "update",
 }
+JSON = "benchmark.json"
 _COLORS = {"ours": "#2a5a8c", "xla": "#9aa3ab"}
 _VARIANT_COLOR = "#6f9fce"  # Of ours.
 _TIMM_COLOR = "#e08a3c"
@@ -46,13 +48,18 @@ def save(data: dict, folder: Path) -> dict:
   """Writes benchmark.json, .md and .png; returns the data with summaries."""
   data = summarize(data)
   folder.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(data, indent=2)
-  (folder / "benchmark.json").write_text(text + "\n")
-  (folder / "benchmark.md").write_text(to_markdown(data))
+  for name, text in (
+    (JSON, json.dumps(data, indent=2) + "\n"),
+    ("benchmark.md", to_markdown(data)),
+  ):
+    unfinished = folder / f".{name}"
+    unfinished.write_text(text)
+    unfinished.replace(folder / name)
   figure = folder / "benchmark.png"
   figure.unlink(missing_ok=True)
   if any("images_per_second" in row for row in data["rows"]):
-    save_figure(data, figure)
+    with contextlib.suppress(ImportError):  # There is no picture then.
+      save_figure(data, figure)
   return data
 
 
@@ -79,8 +86,8 @@ def summarize(data: dict) -> dict:
           [row["batch"] / seconds for seconds in row["seconds"]]
         )
         if peaks:
-          flops = 2 * row["macs"] * _PASSES[row["task"]] * row["batch"]
-          row["mfu"] = flops / row["median_seconds"] / max(peaks.values())
+          work = 2 * row["macs"] * _PASSES[row["task"]] * row["batch"]
+          row["mfu"] = work / row["median_seconds"] / max(peaks.values())
   return data | {"rows": rows, "peak_flops_per_second": peaks}
 
 
@@ -100,11 +107,11 @@ def _section(row: dict) -> tuple:
 
 
 def _baseline(group: list[dict]) -> dict | None:
-  """timm's fastest setting; without timm, plain XLA."""
+  """timm's fastest setting that finished; without timm, plain XLA."""
   theirs = [row for row in group if row["contestant"].startswith("timm")]
   theirs = theirs or [row for row in group if row["contestant"] == "xla"]
-  fastest = lambda row: statistics.median(row["seconds"])
-  return min(theirs, key=fastest, default=None)
+  order = lambda row: ("error" in row, statistics.median(row["seconds"]))
+  return min(theirs, key=order, default=None)
 
 
 def _spread(values: list[float]) -> dict:
@@ -125,6 +132,11 @@ def to_markdown(data: dict) -> str:
   """The report in words and tables."""
   rows = [row for row in data["rows"] if row["task"] != "matmul"]
   parts = ["# Benchmark", _conditions(data)]
+  parts += [
+    _failure(row)
+    for row in data["rows"]
+    if row["task"] == "matmul" and "error" in row
+  ]
   for (what, model, _), group in groupby(rows, _section):
     group = list(group)
     row = group[0]
@@ -137,18 +149,19 @@ def to_markdown(data: dict) -> str:
     if any(row["seconds"] for row in group):
       tables = {"compile": _compile_table, "optimizer": _update_table}
       parts.append(tables.get(what, _speed_table)(group))
-    parts += [
-      f"{name_of(row['contestant'])}, {row['task']}: not measured, "
-      f"{row['error']}"
-      for row in group
-      if "error" in row
-    ]
+    parts += [_failure(row) for row in group if "error" in row]
     for row in group:
-      if "kernels" in row:
+      if row.get("kernels"):
         parts += ["### Costliest kernels of our step", _kernel_table(row)]
   if "input" in data["tables"]:
     parts += ["## Input pipelines", data["tables"]["input"]]
   return "\n\n".join(parts) + "\n"
+
+
+def _failure(row: dict) -> str:
+  num = len(row["seconds"])
+  how = "not measured" if not num else f"stopped in round {num + 1}"
+  return f"{name_of(row['contestant'])}, {row['task']}: {how}, {row['error']}"
 
 
 def _depth(row: dict) -> str:
@@ -162,6 +175,8 @@ def _conditions(data: dict) -> str:
   lines = [f"* {machine['text']}"]
   if machine["backend"] != "cpu":
     lines.append(f"* {machine['device']}")
+  if "torch_threads" in machine:
+    versions += f" (PyTorch in {machine['torch_threads']} threads)"
   lines.append(f"* Python {machine['python']}, {versions}")
   if peaks := data["peak_flops_per_second"]:
     rates = ", ".join(f"{k} {flops(v)}" for k, v in peaks.items())
@@ -170,8 +185,10 @@ def _conditions(data: dict) -> str:
       f"{rates}; MFU is the share of the larger"
     )
   num = data["settings"]["rounds"]
+  # Of a TPU, which is for one process at a time.
+  order = "one after the other" if machine["backend"] == "tpu" else "in turn"
   lines.append(
-    f"* {num} round{'s' if num > 1 else ''}, contestants in turn; medians, and "
+    f"* {num} round{'s' if num > 1 else ''}, contestants {order}; medians, and "
     "from the lowest to the highest round"
   )
   if load := load_of_others(data):
@@ -201,7 +218,7 @@ def _speed_table(group: list[dict]) -> str:
       seconds(row["median_seconds"]),
       _range(row["seconds"]),
       _rate(rate),
-      *_ratio(row),
+      *_ratio(row, ratio),
       f"{row['mfu']:.1%}" if "mfu" in row else "",
       f"{row['bytes'] / 2**30:.2f} GiB" if "bytes" in row else "",
       _compile_time(row),
@@ -218,7 +235,7 @@ def _update_table(group: list[dict]) -> str:
       name_of(row["contestant"]),
       seconds(row["median_seconds"]),
       _range(row["seconds"]),
-      *_ratio(row),
+      *_ratio(row, ratio),
       f"{passes['median']:.2f}" if passes else "",
       f"{passes['min']:.2f} to {passes['max']:.2f}" if passes else "",
     ])  # fmt: skip
@@ -263,11 +280,17 @@ def _ratio_title(group: list[dict]) -> str:
   return "x plain XLA" if names == {"xla"} else "x timm's best"
 
 
-def _ratio(row: dict) -> list[str]:
+def _ratio_text(row: dict, title: str) -> str:
+  """The median, and times what if the title says something else."""
+  text = f"{row['ratio']['median']:.2f}"
+  is_other = row["baseline"] == "xla" and title != "x plain XLA"
+  return f"{text} x plain XLA" if is_other else text
+
+
+def _ratio(row: dict, title: str) -> list[str]:
   if "ratio" not in row:
     return ["", ""]
-  ratio = row["ratio"]
-  text = f"{ratio['median']:.2f}"
+  ratio, text = row["ratio"], _ratio_text(row, title)
   if row["baseline"] == row["contestant"]:
     return [text, ""]
   return [text, f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
@@ -334,11 +357,12 @@ def save_figure(data: dict, path: Path) -> None:
   axes = figure.subplots(
     len(panels), squeeze=False, height_ratios=[len(p) + 0.8 for p in panels]
   )[:, 0]
+  title = _ratio_title(rows)
   for axis, panel in zip(axes, panels, strict=True):
-    _draw(axis, panel)
+    _draw(axis, panel, title)
   text = "images per second (bars: medians; lines: all rounds"
   if any("ratio" in row for row in rows):
-    text += f"; x: {_ratio_title(rows)[2:]}"
+    text += f"; x: {title[2:]}"
   axes[-1].set_xlabel(text + ")")
   machine = data["machine"]
   device = machine["text"].rpartition(", ")[0]
@@ -357,7 +381,7 @@ def _color(contestant: str) -> str:
   return _COLORS.get(contestant, _VARIANT_COLOR)
 
 
-def _draw(axis, panel: list[dict]) -> None:
+def _draw(axis, panel: list[dict], title: str) -> None:
   first = panel[0]
   places = range(len(panel))
   rates = [row["images_per_second"] for row in panel]
@@ -374,7 +398,8 @@ def _draw(axis, panel: list[dict]) -> None:
   for place, row, rate in zip(places, panel, rates, strict=True):
     text = _rate(rate["median"])
     if "ratio" in row and row["baseline"] != row["contestant"]:
-      text += f"   {row['ratio']['median']:.2f} x"
+      ratio = _ratio_text(row, title)
+      text += f"   {ratio}" if "x" in ratio else f"   {ratio} x"
     axis.text(
       rate["max"] + 0.015 * longest, place, text, va="center", fontsize=9
     )

@@ -142,7 +142,7 @@ def _make_model(job: Job) -> torch.nn.Module:
   from nfnets import timm as names
 
   columns = {"depth": job.depth} if job.depth else {}
-  ours = models.make(job.model, **columns)
+  ours = models.make(job.model, is_packed=False, **columns)
   name = names.name_of(ours)
   if name is None or not timm.is_model(name):
     raise ValueError(f"timm has no network like {job.model}")
@@ -181,9 +181,10 @@ def _make_update(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _float_images(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-  """Normalised images and their labels."""
+  """Normalised images, in the precision that ours get, and their labels."""
   images = torch.randn(job.batch, 3, job.size, job.size, device=_device(job))
-  return images.to(memory_format=_layout(job)), _labels(job)
+  dtype = getattr(torch, job.precision)
+  return images.to(dtype, memory_format=_layout(job)), _labels(job)
 
 
 def _grey_images(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,6 +229,7 @@ def _prepared(
     lambda event: event.synchronize(),
     facts,
     device_memory=torch.cuda.max_memory_allocated,
+    forget_peak=torch.cuda.reset_peak_memory_stats,
     rest=torch.cuda.empty_cache,
   )
 

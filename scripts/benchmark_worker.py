@@ -7,7 +7,8 @@ line, then answers requests on its standard input, a JSON object a line:
     {"do": "warm_up"}              run until it is warm; seconds per call
     {"do": "round", "calls": n}    n calls of each program, after one that is
                                    not timed; seconds per call
-    {"do": "memory"}               bytes at the highest since warm_up
+    {"do": "memory"}               bytes at the highest since warm_up (of JAX on
+                                   a device: since it started)
     {"do": "profile"}              the costliest kernels, where it can tell
 
 Between requests it waits for input and does nothing. This module imports
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     facts: Figures of the preparation, such as `compile_seconds`.
     device_memory: Bytes at the highest on the device; None: as the operating
       system counts this process.
+    forget_peak: Lets the device count its memory anew, where it can.
     profile: The costliest kernels of a call.
     rest: Gives memory back that others may need in their rounds.
   """
@@ -55,6 +57,7 @@ class Prepared(NamedTuple):
   wait: Callable[[Any], Any]
   facts: dict[str, float]
   device_memory: Callable[[], int] | None = None
+  forget_peak: Callable[[], None] | None = None
   profile: Callable[[], list[dict]] | None = None
   rest: Callable[[], None] | None = None
 
@@ -119,7 +122,7 @@ def _warm_up(prepared: Prepared, request: dict) -> dict:
       if i and time.perf_counter() - start > 1:
         break
     slowest = max(slowest, seconds)
-  _forget_peak()
+  (prepared.forget_peak or _forget_peak)()
   if prepared.rest:
     prepared.rest()
   return {"seconds": slowest}

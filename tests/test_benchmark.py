@@ -197,7 +197,11 @@ def test_the_report_of_made_up_rounds(scripts, tmp_path):
     _made_up("ours", [1.0, 2.0, 1.0], others_load=[0.0, 0.5, 0.1]),
     _made_up("timm_nchw", [9.0, 9.0, 9.0]),
     _made_up("timm_channels_last", [2.0, 8.0, 3.0]),
+    _made_up("timm_nchw_compiled", [1.0], error="RuntimeError: no"),
     _made_up("xla", [], error="RuntimeError: out of memory"),
+    _made_up("ours", [1.0], task="step"),
+    _made_up("xla", [5.0], task="step"),
+    _made_up("timm_nchw", [], task="step", error="ValueError: no"),
     _made_up(
       "ours", [6.0], what="optimizer", task="update", pass_seconds=[4.0]
     ),
@@ -217,13 +221,17 @@ def test_the_report_of_made_up_rounds(scripts, tmp_path):
   assert ours["ratio"]["rounds"] == [2.0, 4.0, 3.0]
   assert ours["ratio"]["median"] == 3.0
   assert channels_last["ratio"]["median"] == 1.0
+  # A setting that failed is no baseline, however fast it was before.
+  assert saved["rows"][5]["ratio"]["rounds"] == [2.0]
   # Three passes of 2 x 7e9 for each of 4 images, in 1 s, of 2e11 per second.
   assert ours["mfu"] == pytest.approx(0.84)
-  assert saved["rows"][6]["passes"]["median"] == 1.5
+  assert saved["rows"][10]["passes"]["median"] == 1.5
   text = " ".join((tmp_path / "benchmark.md").read_text().split())
   for line in (
     "| gradient | ours | 1 s | 1 to 2 s | 4 | 3.00 | 2.00 to 4.00 | 84.0% |",
     "plain XLA, gradient: not measured, RuntimeError: out of memory",
+    "NCHW, compiled, gradient: stopped in round 2, RuntimeError: no",
+    "| whole step | ours | 1 s | 1 to 1 s | 4 | 5.00 x plain XLA | 5.00 to",
     "Other processes used 10% of the processors (median of rounds; at most 50%",
     "JAX 100 GFLOP/s, PyTorch 200 GFLOP/s",
     "| gradient | ours | 1 s | 4 s | 5 s | 5 to 5 s |",
@@ -265,6 +273,42 @@ def test_a_worker_that_was_stopped_says_why(scripts):
   with pytest.raises(benchmark_process.FailedError, match="not ready in time"):
     worker.ask("warm_up")
   worker.close()
+
+
+def test_who_failed_is_ended(environment, scripts, tmp_path, monkeypatch):
+  """Its memory may be what the others lack."""
+  import benchmark
+  import benchmark_options
+
+  monkeypatch.setattr(os, "environ", os.environ | environment)
+  args = ["--model=nfnet_tiny", "--skip=timm", *SMALL]
+  args = benchmark_options.parse([*args, f"--out={tmp_path}"])
+  measured = benchmark.Benchmark(args)
+  place = benchmark.Place(measured.models[0], "train", "nothing", "ours")
+  row = measured._row(place)
+  worker = measured._start(row)
+  measured._prepare(row, worker)
+  assert row["error"] == "KeyError: 'nothing'"
+  with pytest.raises(benchmark.FailedError, match="nothing"):
+    worker.ask("memory")
+  worker.close()
+
+
+def test_the_driver_leaves_the_device_to_its_workers(environment, tmp_path):
+  """A TPU is for one process at a time."""
+  code = """
+import sys
+from jax._src import xla_bridge
+import benchmark, benchmark_options
+args = benchmark_options.parse(sys.argv[1:])
+benchmark.Benchmark(args)
+sys.exit(f"opened {list(xla_bridge._backends)}" if xla_bridge._backends else 0)
+"""
+  subprocess.run(
+    [sys.executable, "-c", code, "--skip=timm", f"--out={tmp_path}"],
+    env=environment | {"PYTHONPATH": str(SCRIPTS)},
+    check=True,
+  )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -335,11 +379,16 @@ def _processes_with(value):
     ("--ready_in=9", "--ready_in is for --at_once"),
     ("--xla_flags=fast", "--xla_flags=fast: flags of XLA begin with --xla_"),
     ("--model=nfnet_f9", "nfnet_f9"),
+    ("--seconds=inf", "--seconds=inf is not positive"),
+    ("--as", "unrecognized arguments: --as"),
+    ("--skip=timm,ours,folded,xla", "--skip leaves out all contestants"),
+    ("--what=infer --also=scanned", "--also is of training: add train to"),
+    ("--out=/dev/null/here", "--out=/dev/null/here: Not a directory"),
   ],
 )
 def test_wrong_options_are_named(environment, option, text):
   result = subprocess.run(
-    [sys.executable, SCRIPTS / "benchmark.py", option],
+    [sys.executable, SCRIPTS / "benchmark.py", *option.split()],
     env=environment,
     capture_output=True,
     text=True,
