@@ -6,9 +6,12 @@ leaves the previous checkpoint as the newest). One item per use: `weights` is
 all that evaluation and prediction read.
 """
 
+import contextlib
 import inspect
 import logging
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    self._manager.close()  # Waits for what is being written.
+    with self._writing():
+      self._manager.close()  # Waits for what is being written.
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint."""
@@ -62,22 +66,48 @@ class Checkpoints:
     return self._root / str(step)
 
   def wait(self) -> None:
-    """Returns when every checkpoint is complete on disk."""
-    self._manager.wait_until_finished()
+    """Returns when every checkpoint is complete on disk; errors as `save`."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def save(self, state: TrainState, *, position: int) -> None:
-    """Starts writing; `position` counts the examples that were given out."""
+    """Starts writing; `position` counts the examples that were given out.
+
+    Raises:
+      InputError: when this one, or the one before, cannot be written.
+    """
     args = self._ocp.args
     values = state._asdict()
     weights = {name: values.pop(name) for name in _WEIGHTS}
-    self._manager.save(
-      int(state.step),
-      args=args.Composite(
-        weights=args.StandardSave(weights),
-        optimizer=args.StandardSave(values),
-        data=args.JsonSave({"position": position}),
-      ),
-    )
+    with self._writing():
+      self._manager.save(
+        int(state.step),
+        args=args.Composite(
+          weights=args.StandardSave(weights),
+          optimizer=args.StandardSave(values),
+          data=args.JsonSave({"position": position}),
+        ),
+      )
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """What goes wrong while writing (a full disk), as one line."""
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+      # Whatever the manager counts: a folder with its final name is complete.
+      names = [path.name for path in self._root.iterdir()]
+      steps = [int(name) for name in names if name.isdigit()]
+      kept = (
+        f"step {max(steps)} is the newest one that is complete"
+        if steps
+        else "none is complete yet"
+      )
+      raise InputError(
+        f"a checkpoint could not be written to {self._root} "
+        f"({_reason(error)}); {kept}: make room for the next, and give the "
+        "same command again"
+      ) from error
 
   def restore(self, like: TrainState, mesh: Mesh) -> tuple[TrainState, int]:
     """The newest state, on the devices of the mesh, and its position.
@@ -86,7 +116,8 @@ class Checkpoints:
       like: A state (or its shapes) of the same structure.
 
     Raises:
-      InputError: when the checkpoint is damaged or of another structure.
+      InputError: when the checkpoint is damaged or of another structure, or
+        cannot be read now.
     """
     values = like._asdict()
     weights = {name: values.pop(name) for name in _WEIGHTS}
@@ -126,20 +157,41 @@ class Checkpoints:
           "another version of nfnets: go on with what wrote it, or choose "
           "another --workdir"
         ) from error
+      if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        raise  # It does not fit into the device's memory.
+      if _may_be_whole(error):
+        raise InputError(
+          f"the checkpoint {self.folder(step)} cannot be read now "
+          f"({_reason(error)}); it is left as it is: give the same command "
+          "again once it can"
+        ) from error
       steps = [s for s in self._manager.all_steps() if s != step]
       to_do = (
-        f"remove that folder to go on from step {max(steps)}"
+        f"move that folder away to go on from step {max(steps)}"
         if steps
         else "there is no other one: start again with a new workdir"
       )
-      reason = str(error).strip().splitlines()[0]
-      reason = reason.partition(" See full TensorStore")[0][:160].rstrip(". ")
       raise InputError(
         f"the checkpoint {self.folder(step)} is damaged or of another model "
-        f"({reason}): {to_do}"
+        f"({_reason(error)}): {to_do}"
       ) from error
     sys.unraisablehook, log.disabled = hook, was_disabled
     return restored
+
+
+def _reason(error: Exception) -> str:
+  """The beginning of an error's text that says something."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0].partition(" See full TensorStore")[0][:160].rstrip(". ")
+
+
+def _may_be_whole(error: Exception) -> bool:
+  """Whether reading failed for what lies outside of the checkpoint's files."""
+  codes = "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
+  is_of_system = isinstance(error, OSError | MemoryError) and not isinstance(
+    error, FileNotFoundError | NotADirectoryError | IsADirectoryError
+  )
+  return is_of_system or re.search(codes, str(error)) is not None
 
 
 def load_weights(workdir: Path, model: Model, mesh: Mesh) -> dict[str, Any]:

@@ -5,6 +5,7 @@ line prints it without a traceback; in a notebook it is a `ValueError`.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ def unknown(kind: str, given: Any, known: Iterable[str]) -> UsageError:
   return UsageError(
     f"unknown {kind} {given!r}: {hint}known: {', '.join(known)}"
   )
+
+
+def local(path: str) -> str:
+  """A path as the shell would have it, which leaves `--option=~/x` as it is.
+
+  Raises:
+    InputError: for an address on the network.
+  """
+  if "://" in path:
+    raise InputError(
+      f"{path} is on the network: mount it, or copy it, and give its folder"
+    )
+  return os.path.expanduser(path)
 
 
 def check_output(path: Path, endings: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
 """The story of an evaluation: every example exactly once."""
 
 import csv
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ def over_split(
   *,
   batch_size: int,
   mesh: Mesh,
+  tell: Callable[[int, int], None] = lambda *_: None,
 ) -> Result:
   """Evaluates weights that are on the devices already.
 
@@ -51,6 +54,8 @@ def over_split(
     batch_size: Over all devices, at most; rounded up to a multiple of their
       number.
     mesh: The devices.
+    tell: Is given after each batch how many examples are done, and how many
+      there are.
   """
   batch_size = min(batch_size, split.num_examples)
   batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -65,6 +70,7 @@ def over_split(
     sums = eval_step(params, state, devices.shard_batch(batch, mesh))
     if pending is not None:  # One step ahead of the one that is read.
       _add(total, pending)
+      tell(round(float(total["count"])), split.num_examples)
     pending = sums
   _add(total, pending)
   count, confusion = total.pop("count"), total.pop("confusion", None)
@@ -86,6 +92,7 @@ def evaluate(
   workdir: Path | None,
   weights: str | Path | None,
   details: Path | None = None,
+  tell: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Result]:
   """Evaluates a run's newest checkpoint, or a weights file, on the test split.
 
@@ -96,6 +103,8 @@ def evaluate(
       Network and preparation of images are its card's, if it has one; the size
       of images is the config's, if that has one.
     details: Folder for `save_details` (of the averaged weights).
+    tell: Is given after each batch which weights are evaluated, how many
+      examples are done, and how many there are.
 
   Returns:
     Results by kind of weights: `raw` and `ema`, with early stopping also
@@ -133,7 +142,7 @@ def evaluate(
     with_confusion=details is not None,
   )
 
-  def run(params, state):
+  def run(kind, params, state):
     return over_split(
       eval_step,
       params,
@@ -141,21 +150,22 @@ def evaluate(
       r.source.test,
       batch_size=config.eval.batch_size,
       mesh=mesh,
+      tell=functools.partial(tell, kind),
     )
 
   if weights is not None:
     pretrained.check(params, r.model, str(weights))
-    results = {"weights": run(devices.replicate(params, mesh), {})}
+    results = {"weights": run("weights", devices.replicate(params, mesh), {})}
   else:
     found = checkpoint.load_weights(workdir, r.model, mesh)
     results = {
-      "raw": run(found["params"], found["state"]),
-      "ema": run(found["ema_params"], found["ema_state"]),
+      "raw": run("raw", found["params"], found["state"]),
+      "ema": run("ema", found["ema_params"], found["ema_state"]),
     }
     best = workdir / "weights.safetensors"
     if config.train.patience is not None and best.is_file():
       params, _ = pretrained.load_file(best)
-      results["best"] = run(devices.replicate(params, mesh), {})
+      results["best"] = run("best", devices.replicate(params, mesh), {})
   if details is not None and devices.is_first_host():
     *_, last = results.values()
     save_details(details, last, r.card.class_names)
@@ -165,6 +175,7 @@ def evaluate(
 def _with_card(config: ConfigDict, card: Card) -> ConfigDict:
   """A config with the network of a card, images prepared as it says."""
   config = config.copy_and_resolve_references()
+  recipe.check_columns(card)
   for column in config.model:
     config.model[column] = card.overrides.get(column)
   config.model.name = card.model

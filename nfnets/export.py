@@ -1,7 +1,6 @@
 """The story of leaving: weights and programs that run without this package."""
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,18 +85,16 @@ def save_stablehlo(path: Path, params: Any, card: Card) -> None:
   exported = jax.export.export(jax.jit(classify), platforms=PLATFORMS)(
     jax.ShapeDtypeStruct(shape, jnp.uint8)
   )
-  _write(path, exported.serialize())
+  data = exported.serialize()
+  with pretrained.unfinished(path) as partial:
+    partial.write_bytes(data)
 
 
 def save_onnx(path: Path, params: Any, card: Card) -> None:
   """Writes an ONNX model: see `onnx_graph.build`."""
-  _write(path, onnx_graph.build(params, card).SerializeToString())
-
-
-def _write(path: Path, data: bytes | bytearray) -> None:
-  partial = path.with_name(f".partial-{path.name}")
-  partial.write_bytes(data)
-  os.replace(partial, path)
+  data = onnx_graph.build(params, card).SerializeToString()
+  with pretrained.unfinished(path) as partial:
+    partial.write_bytes(data)
 
 
 WRITERS: dict[str, Callable[[Path, Any, Card], None]] = {

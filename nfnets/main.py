@@ -18,7 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nfnets.errors import InputError, UsageError, check_output, unknown
+from nfnets.errors import (
+  InputError,
+  UsageError,
+  check_output,
+  local,
+  unknown,
+)
 
 _CONFIG_HELP = (
   "recipe file, file.py:VARIANT for one of a family; any value of it is "
@@ -144,7 +150,7 @@ def _make_parser() -> argparse.ArgumentParser:
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument(
     "--workdir",
-    type=Path,
+    type=_path,
     help="folder of the run; given again, it goes on (default: a folder named "
     "after the config in $NFNETS_RUNS, or in ./runs)",
   )
@@ -155,13 +161,13 @@ def _make_parser() -> argparse.ArgumentParser:
   )
 
   command = add("evaluate", _evaluate, "Accuracy and loss on the test split.")
-  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
+  command.add_argument("--workdir", type=_path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument("--json", action="store_true", help="print JSON")
   command.add_argument(
     "--details",
-    type=Path,
+    type=_path,
     metavar="FOLDER",
     help="also write per_class.csv, confusion.csv and confusion.png there",
   )
@@ -173,7 +179,7 @@ def _make_parser() -> argparse.ArgumentParser:
     metavar="PATH",
     help="image files, folders of them, or quoted patterns such as '**/*.jpg'",
   )
-  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
+  command.add_argument("--workdir", type=_path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument(
     "--top", type=int, default=5, help="classes per image (default: 5)"
@@ -194,7 +200,7 @@ def _make_parser() -> argparse.ArgumentParser:
     "--csv", action="store_true", help="print CSV, a row per image and class"
   )
   command.add_argument(
-    "--grid", type=Path, metavar="FILE", help="also draw the images, as .png"
+    "--grid", type=_path, metavar="FILE", help="also draw the images, as .png"
   )
 
   command = add(
@@ -204,7 +210,7 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     "out",
-    type=Path,
+    type=_path,
     metavar="OUT",
     help="what it becomes is told by its ending: weights as .safetensors or "
     ".npz, a .stablehlo program for JAX, or .onnx; a model card, OUT.md, is "
@@ -216,7 +222,7 @@ def _make_parser() -> argparse.ArgumentParser:
     help="weights in a quarter of the bytes: kernels and matrices rounded to "
     "255 levels for each output channel",
   )
-  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
+  command.add_argument("--workdir", type=_path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
 
   command = add(
@@ -226,7 +232,7 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument("source", metavar="IN", help="see --weights of predict")
   command.add_argument(
-    "out", type=Path, metavar="OUT", help=".safetensors or .npz"
+    "out", type=_path, metavar="OUT", help=".safetensors or .npz"
   )
   command.add_argument(
     "--to",
@@ -248,7 +254,7 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument(
-    "--out", type=Path, default=Path("batch.png"), help="default: batch.png"
+    "--out", type=_path, default=Path("batch.png"), help="default: batch.png"
   )
   command.add_argument(
     "--num_images", type=int, default=16, help="how many (default: 16)"
@@ -307,13 +313,14 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     args.workdir = card.newest_round(args.workdir)
   config = _load_config(args.config, rest, args.workdir)
   _keep_compiled()
-  from nfnets import evaluate
+  from nfnets import evaluate, progress
 
   results = evaluate.evaluate(
     config,
     workdir=args.workdir,
     weights=args.weights,
     details=args.details,
+    tell=progress.Ticker(lambda line: print(line, file=sys.stderr)),
   )
   if args.json:
     means = {
@@ -457,6 +464,13 @@ def _info(args: argparse.Namespace, rest: list[str]) -> None:
     info.print_model(console, model)
 
 
+def _path(text: str) -> Path:
+  try:
+    return Path(local(text))
+  except InputError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parse_override(text: str, columns: Sequence[str]) -> tuple[str, Any]:
   column, equals, value = text.partition("=")
   if not equals:
@@ -480,12 +494,12 @@ def _load_config(
   from absl import flags
   from ml_collections import config_flags
 
+  from nfnets import recipe
+
   values = flags.FlagValues()
   if (
     path is None and workdir is not None and (workdir / "config.json").exists()
   ):
-    from nfnets import recipe
-
     config = recipe.load_config(workdir)
     config_flags.DEFINE_config_dict("config", config, flag_values=values)
     argv = overrides
@@ -502,6 +516,11 @@ def _load_config(
     raise UsageError(f"--config: {_one_line(error)}") from None
   if extra:
     raise UsageError(f"{extra[0]!r} is not understood")
+  recipe.check(config)
+  if config.data.dir is not None:
+    config.data.dir = local(config.data.dir)
+  if config.init_from is not None:
+    config.init_from = local(config.init_from)
   return config
 
 

@@ -19,11 +19,11 @@ import json
 
 import numpy as np
 {imports}
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def prepare(path):
-  image = Image.open(path).convert("RGB")
+  image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 {geometry}
 
 

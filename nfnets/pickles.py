@@ -108,12 +108,19 @@ def _reconstruct(*unused: Any) -> _Array:
 
 
 def _create_array(function: Any, args: Any, state: tuple, *unused: Any):
-  """What dill calls to make an array."""
+  """What dill and JAX call to make an array."""
   del args, unused
   if function is not _reconstruct:
     raise ValueError("an array made by something else than NumPy")
   array = _Array()
   array.__setstate__(state)
+  return array
+
+
+def _from_buffer(data: Any, dtype: _Dtype, shape: Any, order: str) -> _Array:
+  """An array of pickle's protocol 5."""
+  array = _Array()
+  array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
   return array
 
 
@@ -147,6 +154,8 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
   ("haiku._src.data_structures", "FlatMapping"): _dict,
   ("haiku._src.data_structures", "FlatMap"): _dict,
   ("haiku._src.data_structures", "to_immutable_dict"): _dict,
+  ("jax._src.array", "_reconstruct_array"): _create_array,
+  ("jax._src.device_array", "reconstruct_device_array"): _create_array,
   ("numpy", "dtype"): _Dtype,
   ("numpy", "ndarray"): _ndarray,
   **{
@@ -154,6 +163,8 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
   },
+  ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+  ("numpy._core.numeric", "_frombuffer"): _from_buffer,
 }
 
 

@@ -1,6 +1,8 @@
 """Figures of a run, made from its `metrics.jsonl`."""
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,8 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
   def draw(axis, rows, name, scale=1.0, **style):
     points = [(row["step"], row[name] * scale) for row in rows if name in row]
     if points:
+      if len(points) == 1:  # A line has no length then.
+        style.setdefault("marker", "o")
       axis.plot(*zip(*points, strict=True), **style)
 
   marker = {"marker": "o", "markersize": 3}
@@ -34,7 +38,8 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
   draw(loss, train, "loss", color=_TRAIN, lw=1, label="training batch")
   draw(loss, evals, "raw_loss", color=_RAW, label="test, raw", **marker)
   draw(loss, evals, "ema_loss", color=_EMA, label="test, EMA", **marker)
-  loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
+  highest = _without_spikes([row["loss"] for row in train if "loss" in row])
+  loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, highest))
 
   percent = {"scale": 100.0}
   draw(
@@ -80,26 +85,70 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
   figure.savefig(path, dpi=150)
 
 
+def _without_spikes(values: list[float]) -> float | None:
+  """Where an axis ends so that few high values do not flatten the others."""
+  if not values:
+    return None
+  usual = 1.5 * np.percentile(values, 98)
+  return usual if max(values) > 3 * usual else None
+
+
+# Of so many classes names and numbers still fit into a table.
+_MOST_IN_TABLE = 30
+
+
 def save_confusion(
   confusion: np.ndarray, class_names: tuple[str, ...], path: Path
 ) -> None:
-  """Draws which classes (rows) were taken for which, in shares of a row."""
+  """Draws which classes (rows) were taken for which.
+
+  A table of all classes, or where these are many the commonest mistakes.
+  """
   from matplotlib.figure import Figure
 
-  num = len(class_names)
-  is_small = num <= 30  # Names and numbers still fit.
+  names = [textwrap.shorten(x, 30, placeholder="...") for x in class_names]
   shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-  side = max(4.0, 0.45 * num) if is_small else 10.0
-  figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+  if len(names) > _MOST_IN_TABLE:
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    _draw_mistakes(figure.subplots(), confusion, shares, names)
+  else:
+    side = max(4.0, 0.45 * len(names))
+    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+    _draw_table(figure, confusion, shares, names)
+  figure.savefig(path, dpi=120)
+
+
+def _draw_table(
+  figure: Any, confusion: np.ndarray, shares: np.ndarray, names: list[str]
+) -> None:
   axis = figure.subplots()
   image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
   figure.colorbar(image, label="share of the class", shrink=0.8)
   axis.set(xlabel="taken for", ylabel="class")
-  if is_small:
-    axis.set_xticks(range(num), class_names, rotation=90)
-    axis.set_yticks(range(num), class_names)
-    for i, j in np.argwhere(confusion):
-      color = "white" if shares[i, j] > 0.5 else "black"
-      text = f"{confusion[i, j]}"
-      axis.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
-  figure.savefig(path, dpi=120)
+  axis.set_xticks(range(len(names)), names, rotation=90)
+  axis.set_yticks(range(len(names)), names)
+  for i, j in np.argwhere(confusion):
+    color = "white" if shares[i, j] > 0.5 else "black"
+    text = f"{confusion[i, j]}"
+    axis.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
+
+
+def _draw_mistakes(
+  axis: Any, confusion: np.ndarray, shares: np.ndarray, names: list[str]
+) -> None:
+  wrong = confusion * (1 - np.eye(len(names), dtype=int))
+  order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_IN_TABLE]
+  pairs = [divmod(int(i), len(names)) for i in order if wrong.flat[i]]
+  places = range(len(pairs))
+  axis.barh(places, [100 * shares[pair] for pair in pairs], color=_TRAIN)
+  texts = [f"{names[i]} \N{RIGHTWARDS ARROW} {names[j]}" for i, j in pairs]
+  axis.set_yticks(places, texts, fontsize=8)
+  for place, pair in zip(places, pairs, strict=True):
+    axis.text(100 * shares[pair], place, f" {wrong[pair]}", va="center")
+  axis.invert_yaxis()
+  axis.set(
+    title="Commonest mistakes: class \N{RIGHTWARDS ARROW} taken for, times",
+    xlabel="share of the class (%)",
+  )
+  axis.margins(x=0.1)
+  axis.spines[["top", "right"]].set_visible(False)

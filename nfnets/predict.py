@@ -8,6 +8,7 @@ In a notebook:
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,12 +83,16 @@ class Classifier:
     return jax.device_get(self._probabilities(self.params, batch))
 
   def predict(
-    self, paths: Iterable[str | Path], *, top: int = 5, batch_size: int = 32
+    self,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
   ) -> Iterator[Prediction | Failure]:
     """Classifies image files; threads read ahead of the device.
 
     Args:
-      paths: What `images.find` takes: files, folders, patterns.
+      paths: What `images.find` takes: files, folders, patterns; or one.
       top: How many classes of each image to give.
       batch_size: Images computed at once; twice as many are in memory.
 
@@ -95,9 +100,15 @@ class Classifier:
       In the order of the files, a prediction for each or why there is none.
 
     Raises:
-      InputError: for missing files.
+      InputError: for missing files, and a `top` or `batch_size` below 1.
     """
-    found = images.find(paths)
+    if min(top, batch_size) < 1:
+      raise InputError(
+        f"top={top}, batch_size={batch_size}: both must be at least 1"
+      )
+    found = images.find([paths] if isinstance(paths, str | Path) else paths)
+    if not found:
+      return
     batch_size = min(batch_size, len(found))
     pending = None
     with encoded.make_pool() as pool:
@@ -148,11 +159,13 @@ class Classifier:
 
 # What one picture can hold and still be looked at.
 MOST_IN_GRID = 64
+_GRID_PIXELS = 400  # Of an image's longer side there.
 
 
 def save_grid(predictions: list[Prediction], path: Path) -> None:
   """Draws images with their likeliest class; at most `MOST_IN_GRID`."""
   from matplotlib.figure import Figure
+  from PIL import Image
 
   shown = predictions[:MOST_IN_GRID]
   columns = math.ceil(math.sqrt(len(shown)))
@@ -163,6 +176,9 @@ def save_grid(predictions: list[Prediction], path: Path) -> None:
     axis.axis("off")
   for axis, prediction in zip(axes, shown, strict=False):
     name, value = prediction.classes[0]
-    axis.imshow(images.read(prediction.path))
+    picture = Image.fromarray(images.read(prediction.path))
+    picture.thumbnail((_GRID_PIXELS, _GRID_PIXELS))
+    axis.imshow(picture)
+    name = textwrap.shorten(name, 30, placeholder="...")
     axis.set_title(f"{name}\n{value:.1%}", fontsize=8)
   figure.savefig(path, dpi=120)

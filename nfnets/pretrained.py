@@ -8,10 +8,11 @@ channel under "module/name.scale"; they are float32 again once loaded.
 The released pickles and timm's safetensors are read too.
 """
 
+import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from nfnets import card as cards
 from nfnets import devices, downloads, models, pickles, timm
 from nfnets.card import Card
-from nfnets.errors import InputError, unknown
+from nfnets.errors import InputError, local, unknown
 from nfnets.models.plan import is_classifier
 
 Params = dict[str, dict[str, np.ndarray]]
@@ -65,7 +66,7 @@ def load_with_card(
     model = models.make(downloads.PUBLISHED[name].model)
     check(params, model, str(path))
     return params, cards.for_imagenet(model, name)
-  path = Path(source)
+  path = Path(local(name))
   if path.is_dir():
     return _load_workdir(path, is_average=is_average)
   if not path.exists() and not path.suffix and len(path.parts) == 1:
@@ -85,6 +86,16 @@ def load_with_known_card(source: str | Path) -> tuple[Params, Card]:
   """
   params, card = load_with_card(source)
   if card is None:
+    try:
+      model = recognize(params, str(source))
+    except InputError:
+      pass
+    else:
+      raise InputError(
+        f"{source} is {model.name} with {model.num_classes} classes, of which "
+        "it does not say the names: start training from it "
+        "(--config.init_from), or save it with a card (`pretrained.save`)"
+      )
     names = [name.lstrip("/") for name in list(_flatten(params))[:2]]
     raise InputError(
       f"{source} ({', '.join(names)}, ...) has no card "
@@ -290,8 +301,7 @@ def save(
 def save_tensors(
   path: Path, tensors: dict[str, np.ndarray], card: str | None = None
 ) -> None:
-  """Writes arrays by name; errors as `save`. The file appears when whole."""
-  partial = path.with_name(f".partial-{path.name}")
+  """Writes arrays by name; errors as `save`."""
   # The library for safetensors writes memory as it lies, transposed or not.
   tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
   if path.suffix == ".safetensors":
@@ -299,14 +309,33 @@ def save_tensors(
 
     # Not the library's own file writing, which only its owner could read.
     metadata = {_CARD_KEY: card} if card else None
-    partial.write_bytes(to_bytes(tensors, metadata=metadata))
+    with unfinished(path) as partial:
+      partial.write_bytes(to_bytes(tensors, metadata=metadata))
   elif path.suffix == ".npz":
     if card:
       tensors = tensors | {_CARD_KEY: np.frombuffer(card.encode(), np.uint8)}
-    np.savez(partial, **tensors)
+    with unfinished(path) as partial:
+      np.savez(partial, **tensors)
   else:
     raise InputError(f"{path}: weights are saved as .safetensors or .npz")
-  os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+  """Where to write a file that appears as `path` when it is whole.
+
+  Raises:
+    InputError: when it cannot be written; nothing of it is left.
+  """
+  partial = path.with_name(f".partial-{path.name}")
+  try:
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise InputError(f"{path} could not be written: {reason}") from error
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def _quantize(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

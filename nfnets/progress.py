@@ -3,8 +3,10 @@
 A bar on a terminal; elsewhere (a log file, a notebook, CI) a line now and then.
 """
 
+import datetime
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +17,30 @@ from rich.progress import (
   TextColumn,
   TimeRemainingColumn,
 )
+from rich.table import Column
 
 _SECONDS_BETWEEN_LINES = 10.0
+_WIDE = 100  # Columns of a terminal in which the bar fits beside the numbers.
+
+
+class Ticker:
+  """Says now and then how far something long has come; `say` prints a line."""
+
+  def __init__(self, say: Callable[[str], None]):
+    self._say = say
+    self._last_line = time.monotonic()
+
+  def is_due(self) -> bool:
+    """Whether it is time for a line; if so, the next is due later."""
+    now = time.monotonic()
+    if now - self._last_line <= _SECONDS_BETWEEN_LINES:
+      return False
+    self._last_line = now
+    return True
+
+  def __call__(self, what: str, done: int, total: int) -> None:
+    if self.is_due():
+      self._say(f"evaluating {what}: {done:,} of {total:,} images")
 
 
 class TrainProgress:
@@ -35,17 +59,21 @@ class TrainProgress:
     self._batch_size = batch_size
     self._step, self._total = start, total
     self._since: tuple[float, int] | None = None  # Time and step of the clock.
-    self._last_line = time.monotonic()
+    self._ticker = Ticker(self.say)
+    whole = lambda: Column(no_wrap=True)  # What must not be cut.
+    bar = [BarColumn(24)] if self._console.width >= _WIDE else []
     self._bar = Progress(
-      TextColumn("train"),
-      BarColumn(bar_width=24),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[text]}"),
-      TextColumn("left"),
-      TimeRemainingColumn(compact=True),
+      *bar,
+      MofNCompleteColumn(table_column=whole()),
+      TimeRemainingColumn(compact=True, table_column=whole()),
+      TextColumn("left", table_column=whole()),
+      TextColumn(
+        "{task.fields[text]}", table_column=Column(no_wrap=True, ratio=1)
+      ),
       console=self._console,
       disable=not self._console.is_terminal,
       transient=True,
+      expand=True,
     )
     self._task = self._bar.add_task(
       "train", total=total, completed=start, text="compiling"
@@ -79,12 +107,19 @@ class TrainProgress:
         step - self._since[1]
       )
       parts.append(f"{self._batch_size / seconds_per_step:,.0f} img/s")
-      left = f"  left {(self._total - step) * seconds_per_step:.0f} s"
+      seconds = round((self._total - step) * seconds_per_step)
+      left = f"  left {datetime.timedelta(seconds=seconds)}"
     if "clipped/all" in values:
       parts.append(f"clipped {values['clipped/all']:.0%}")
     text = "  ".join(parts)
     self._bar.update(self._task, completed=step, text=text)
-    is_line_due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
-    if self._bar.disable and is_line_due:
+    if self._bar.disable and self._ticker.is_due():
       self.say(f"step {step}/{self._total}  {text}{left}")
-      self._last_line = time.monotonic()
+
+  def evaluating(self, what: str, done: int, total: int) -> None:
+    """Shows how far an evaluation is."""
+    if self._bar.disable:
+      self._ticker(what, done, total)
+    else:
+      text = f"evaluating {what}: {done:,} of {total:,} images"
+      self._bar.update(self._task, text=text)

@@ -140,9 +140,20 @@ def _card_of_start(config: ConfigDict) -> cards.Card:
   return pretrained.load_with_known_card(config.init_from)[1]
 
 
+def check_columns(card: cards.Card) -> None:
+  """Raises for weights of a network that a config has no keys for."""
+  known = base.get_config().model
+  if other := [name for name in card.overrides if name not in known]:
+    raise InputError(
+      f"the weights' {card.model} has {other[0]}={card.overrides[other[0]]!r}, "
+      "which is no key of config.model: use it from Python (`models.make`)"
+    )
+
+
 def fill(config: ConfigDict, card: cards.Card) -> ConfigDict:
   """A config whose open values are those of weights with this card."""
   config = config.copy_and_resolve_references()
+  check_columns(card)
   if config.model.name is None:
     config.model.name = card.model
     for column, value in card.overrides.items():
@@ -197,7 +208,7 @@ def resolve(config: ConfigDict) -> Recipe:
   if config.model.name is None or None in _preprocessing(config).values():
     folder = config.data.dir if config.data.source == "folder" else None
     if folder is not None and not Path(folder).is_dir():
-      # Said before weights are downloaded. (A TFDS folder may be remote.)
+      # Said before weights are downloaded.
       raise InputError(f"--config.data.dir={folder}: there is no such folder")
     config = fill(config, _card_of_start(config))
   columns = config.model.to_dict()

@@ -1,6 +1,7 @@
 """The story of looking before training: a picture of an augmented batch."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import jax
@@ -65,7 +66,10 @@ def _save(drawn: Augmented, names: tuple[str, ...], path: Path) -> None:
 
 
 def _caption(drawn: Augmented, i: int, names: tuple[str, ...]) -> str:
-  own, partner = names[drawn.labels[i]], names[drawn.partner_labels[i]]
+  own, partner = (
+    textwrap.shorten(names[label], 26, placeholder="...")
+    for label in (drawn.labels[i], drawn.partner_labels[i])
+  )
   share = float(drawn.share[i])
   if own == partner or share > 0.995:
     return own

@@ -11,6 +11,7 @@ import functools
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ from nfnets.patience import Patience
 # Steps given to the devices before the oldest must have finished: enough to
 # keep them busy while the host prepares the next batch.
 _MAX_IN_FLIGHT = 2
+
+_SECONDS_BETWEEN_CURVES = 60.0
 
 
 class DivergedError(InputError):
@@ -168,6 +171,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         )
       )
     )
+    curves = stack.enter_context(_Curves(r, workdir))
     in_flight = _InFlight(r, checkpoints, bar, log)
     result = None
     if not is_over:
@@ -190,6 +194,7 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
         in_flight.land_all()  # Nothing that diverged is saved.
       if is_eval_due:
         result = _evaluate(r, programs.eval_step, state, mesh, bar, log)
+        curves.draw_if_old()
         if patience is not None:
           if patience.add(_as_row(step, "ema", result)) and is_first_host:
             patience.save(*_ema_weights(state, r))
@@ -219,12 +224,9 @@ def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
     elif result is None:  # The run was complete already, its record too.
       result = _evaluate(r, programs.eval_step, state, mesh, bar, log=None)
     checkpoints.wait()
-    if is_first_host:
-      if patience is None or not patience.finish():
-        path = workdir / "weights.safetensors"
-        pretrained.save(path, *_ema_weights(state, r))
-      title = f"{r.model.name} on {config.data.source}"
-      plots.save_curves(workdir, workdir / "curves.png", title=title)
+    if is_first_host and (patience is None or not patience.finish()):
+      path = workdir / "weights.safetensors"
+      pretrained.save(path, *_ema_weights(state, r))
   return result
 
 
@@ -322,6 +324,33 @@ def _remove_weights(workdir: Path, start: int) -> None:
   path.unlink(missing_ok=True)
 
 
+class _Curves:
+  """Draws `curves.png` now and then, and however the run ends."""
+
+  def __init__(self, r: recipe.Recipe, workdir: Path):
+    self._title = f"{r.model.name} on {r.config.data.source}"
+    self._workdir = workdir
+    self._drawn = time.monotonic()
+
+  def __enter__(self) -> "_Curves":
+    return self
+
+  def __exit__(self, kind: Any, *exception: Any) -> None:
+    # What ended the run is said before that there is no room for a picture.
+    with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+      self._draw()
+
+  def draw_if_old(self) -> None:
+    if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
+      self._draw()
+
+  def _draw(self) -> None:
+    if devices.is_first_host():
+      path = self._workdir / "curves.png"
+      plots.save_curves(self._workdir, path, title=self._title)
+      self._drawn = time.monotonic()
+
+
 class _InFlight:
   """Steps that were given to the devices and whose numbers were not read yet.
 
@@ -390,10 +419,11 @@ def _evaluate(
       r.source.test,
       batch_size=r.config.eval.batch_size,
       mesh=mesh,
+      tell=functools.partial(bar.evaluating, kind),
     )
-    for params, net_state in (
-      (state.params, state.state),
-      (state.ema_params, state.ema_state),
+    for kind, params, net_state in (
+      ("raw", state.params, state.state),
+      ("EMA", state.ema_params, state.ema_state),
     )
   )
   step = int(state.step)

@@ -658,7 +658,7 @@ def test_checkpoint_cut_short(copy, item, nfnets):
   with largest.open("r+b") as file:
     file.truncate(largest.stat().st_size // 2)
   before = _snapshot(copy)
-  pattern = r"44 is damaged .* remove that folder to go on from step 42$"
+  pattern = r"44 is damaged .* move that folder away to go on from step 42$"
   _fails(nfnets("train", f"--workdir={copy}", *TINY_RUN), 1, pattern)
   assert _snapshot(copy) == before
   if item == "weights":

@@ -74,12 +74,11 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
         f"{test_root} has classes that {train_root} has not: "
         f"{', '.join(unknown[:5])}"
       )
-    test = [
-      (path, names.index(name))
-      for name, files in held_out.items()
-      for path in files
-    ]
-    train = [(p, names.index(n)) for n, files in found.items() for p in files]
+    label_of = {name: label for label, name in enumerate(names)}
+    train, test = (
+      [(path, label_of[name]) for name, files in part.items() for path in files]
+      for part in (found, held_out)
+    )
     return Listing(names, train, test)
 
   train, test = [], []
@@ -124,8 +123,6 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
     p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
   )
   return {
-    folder.name: sorted(
-      p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES
-    )
+    folder.name: sorted(filter(images.is_image, images.inside_of(folder)))
     for folder in folders
   }

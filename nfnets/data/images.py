@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from nfnets.data import crops
-from nfnets.errors import InputError
+from nfnets.errors import InputError, local
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SUFFIXES = (
+  *(".jpg", ".jpeg", ".jpe", ".jfif"),
+  *(".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff"),
+)
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
@@ -28,18 +31,17 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
   """
   found = []
   for given in map(str, paths):
-    if given.startswith(("http://", "https://")):
-      raise InputError(f"{given} is on the network: download it first")
-    path = Path(given)
     if given.startswith("file:"):
-      path = Path(urllib.parse.unquote(urllib.parse.urlsplit(given).path))
+      given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
+    given = local(given)
+    path = Path(given)
     if path.is_dir():
-      inside = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES]
+      inside = list(filter(is_image, inside_of(path)))
     elif path.exists():
       inside = [path]
     elif glob.has_magic(given):
       matches = map(Path, glob.glob(given, recursive=True))
-      inside = [p for p in matches if p.suffix.lower() in SUFFIXES]
+      inside = list(filter(is_image, matches))
     else:
       raise InputError(f"{given} does not exist: give image files or folders")
     if not inside:
@@ -48,6 +50,23 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
       )
     found += sorted(inside)
   return found
+
+
+def inside_of(folder: Path) -> list[Path]:
+  """All that is below a folder and not hidden, as `.name` and in `.name/`.
+
+  Such are the copies that notebooks keep, and what Macs put beside each file.
+  """
+  return [
+    path
+    for path in folder.rglob("*")
+    if not any(part[0] == "." for part in path.relative_to(folder).parts)
+  ]
+
+
+def is_image(path: Path) -> bool:
+  """Whether a file is one by its name."""
+  return path.suffix.lower() in SUFFIXES
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -79,7 +98,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
   Raises:
     InputError: when the bytes cannot be read as an image.
   """
-  if data[:3] == b"\xff\xd8\xff" and b"Exif" not in data[:64]:
+  if data[:3] == b"\xff\xd8\xff" and not _has_exif(data):
     image = _decode_plain_jpeg(data)
     if image is not None:
       return image
@@ -88,6 +107,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(data)) as image:
       image = ImageOps.exif_transpose(image)
+      if image.mode == "F":
+        raise ValueError("its pixels are fractions: save it with 8 or 16 bits")
       if image.mode.startswith("I;16") or image.mode == "I":
         levels = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
@@ -105,6 +126,23 @@ def decode(data: bytes, name: str) -> np.ndarray:
   # Pillow raises whatever it stumbles over in damaged tags.
   except Exception as e:
     raise InputError(f"{name} cannot be read as an image: {e}") from None
+
+
+def _has_exif(data: bytes) -> bool:
+  """Whether one of the segments before a JPEG's pixels may say how to turn it.
+
+  Each is FF, its kind, its length with these two bytes, and what it says; the
+  pixels' kind is DA.
+  """
+  start = 2
+  while data[start : start + 1] == b"\xff":
+    kind = data[start + 1 : start + 2]
+    if kind == b"\xe1" and data[start + 4 : start + 8] == b"Exif":
+      return True
+    if kind in (b"\xda", b""):
+      break
+    start += 2 + int.from_bytes(data[start + 2 : start + 4])
+  return False
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
