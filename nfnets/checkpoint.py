@@ -23,6 +23,8 @@ from nfnets.errors import InputError
 from nfnets.models import Model
 from nfnets.steps import TrainState
 
+_LOGS = [logging.getLogger(name) for name in ("absl", "asyncio")]  # Orbax's.
+
 _WEIGHTS = ("params", "state", "ema_params", "ema_state")
 
 
@@ -51,11 +53,20 @@ class Checkpoints:
     )
 
   def __enter__(self) -> "Checkpoints":
+    # What Orbax's threads raise is raised here too, and told once. After an
+    # error they go on for a while, so that this stays as it is then.
+    self._hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
+    for log in _LOGS:
+      log.addFilter(_has_no_traceback)
     return self
 
-  def __exit__(self, *exception: Any) -> None:
+  def __exit__(self, kind: Any, *exception: Any) -> None:
     with self._writing():
       self._manager.close()  # Waits for what is being written.
+    if kind is None:
+      sys.unraisablehook = self._hook
+      for log in _LOGS:
+        log.removeFilter(_has_no_traceback)
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint."""
@@ -142,14 +153,8 @@ class Checkpoints:
 
   def _restore(self, **items: Any) -> Any:
     step = self.latest_step()
-    hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
-    # Nor does asyncio tell of each array that could not be read.
-    log = logging.getLogger("asyncio")
-    was_disabled, log.disabled = log.disabled, True
     try:
-      restored = self._manager.restore(
-        step, args=self._ocp.args.Composite(**items)
-      )
+      return self._manager.restore(step, args=self._ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds.
       if "tree structures do not match" in str(error):
         raise InputError(
@@ -175,12 +180,12 @@ class Checkpoints:
         f"the checkpoint {self.folder(step)} is damaged or of another model "
         f"({_reason(error)}): {to_do}"
       ) from error
-    sys.unraisablehook, log.disabled = hook, was_disabled
-    return restored
 
 
 def _reason(error: Exception) -> str:
-  """The beginning of an error's text that says something."""
+  """What the system said, or else the beginning of an error's text."""
+  if found := re.search(r": ([^:]*) \[os_error_code=", str(error)):
+    return found[1]
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0].partition(" See full TensorStore")[0][:160].rstrip(". ")
 
@@ -219,14 +224,18 @@ def load_weights(workdir: Path, model: Model, mesh: Mesh) -> dict[str, Any]:
 
 
 def _ignore_closed_loops(unraisable: Any) -> None:
-  """A hook that stays in place after a damaged checkpoint.
+  """A hook for what Python cannot raise.
 
-  Once one array cannot be read, Orbax closes the event loop, and TensorStore
-  prints a traceback for each of the others that it was still reading.
+  Once one array cannot be read or written, Orbax closes the event loop, and
+  TensorStore prints a traceback for each of the others that were not done.
   """
   is_reading = inspect.iscoroutine(unraisable.object)
   if not is_reading and "Event loop is closed" not in str(unraisable.exc_value):
     sys.__unraisablehook__(unraisable)
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+  return not record.exc_info
 
 
 def _on(mesh: Mesh, tree: Any) -> Any:

@@ -6,6 +6,7 @@ line prints it without a traceback; in a notebook it is a `ValueError`.
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def local(path: str) -> str:
   Raises:
     InputError: for an address on the network.
   """
-  if "://" in path:
+  if re.match(r"[a-z]\w+:/", path):  # A `Path` has one slash there.
     raise InputError(
       f"{path} is on the network: mount it, or copy it, and give its folder"
     )

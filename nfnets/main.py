@@ -84,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
       is_value = not option.startswith("--") or option.startswith("--config.")
       if not (has_config and is_value):
         raise _no_option(parser, args.command, option)
+    for name, value in vars(args).items():
+      if isinstance(value, Path):
+        setattr(args, name, Path(local(str(value))))
     code = args.run(args, rest) or 0
     sys.stdout.flush()  # Here, where it may fail.
     return code
@@ -150,7 +153,7 @@ def _make_parser() -> argparse.ArgumentParser:
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument(
     "--workdir",
-    type=_path,
+    type=Path,
     help="folder of the run; given again, it goes on (default: a folder named "
     "after the config in $NFNETS_RUNS, or in ./runs)",
   )
@@ -161,13 +164,13 @@ def _make_parser() -> argparse.ArgumentParser:
   )
 
   command = add("evaluate", _evaluate, "Accuracy and loss on the test split.")
-  command.add_argument("--workdir", type=_path, help="a run of nfnets train")
+  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument("--json", action="store_true", help="print JSON")
   command.add_argument(
     "--details",
-    type=_path,
+    type=Path,
     metavar="FOLDER",
     help="also write per_class.csv, confusion.csv and confusion.png there",
   )
@@ -179,7 +182,7 @@ def _make_parser() -> argparse.ArgumentParser:
     metavar="PATH",
     help="image files, folders of them, or quoted patterns such as '**/*.jpg'",
   )
-  command.add_argument("--workdir", type=_path, help="a run of nfnets train")
+  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument(
     "--top", type=int, default=5, help="classes per image (default: 5)"
@@ -200,7 +203,7 @@ def _make_parser() -> argparse.ArgumentParser:
     "--csv", action="store_true", help="print CSV, a row per image and class"
   )
   command.add_argument(
-    "--grid", type=_path, metavar="FILE", help="also draw the images, as .png"
+    "--grid", type=Path, metavar="FILE", help="also draw the images, as .png"
   )
 
   command = add(
@@ -210,7 +213,7 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     "out",
-    type=_path,
+    type=Path,
     metavar="OUT",
     help="what it becomes is told by its ending: weights as .safetensors or "
     ".npz, a .stablehlo program for JAX, or .onnx; a model card, OUT.md, is "
@@ -222,7 +225,7 @@ def _make_parser() -> argparse.ArgumentParser:
     help="weights in a quarter of the bytes: kernels and matrices rounded to "
     "255 levels for each output channel",
   )
-  command.add_argument("--workdir", type=_path, help="a run of nfnets train")
+  command.add_argument("--workdir", type=Path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
 
   command = add(
@@ -232,7 +235,7 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument("source", metavar="IN", help="see --weights of predict")
   command.add_argument(
-    "out", type=_path, metavar="OUT", help=".safetensors or .npz"
+    "out", type=Path, metavar="OUT", help=".safetensors or .npz"
   )
   command.add_argument(
     "--to",
@@ -254,7 +257,7 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
   command.add_argument(
-    "--out", type=_path, default=Path("batch.png"), help="default: batch.png"
+    "--out", type=Path, default=Path("batch.png"), help="default: batch.png"
   )
   command.add_argument(
     "--num_images", type=int, default=16, help="how many (default: 16)"
@@ -464,13 +467,6 @@ def _info(args: argparse.Namespace, rest: list[str]) -> None:
     info.print_model(console, model)
 
 
-def _path(text: str) -> Path:
-  try:
-    return Path(local(text))
-  except InputError as error:
-    raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def _parse_override(text: str, columns: Sequence[str]) -> tuple[str, Any]:
   column, equals, value = text.partition("=")
   if not equals:
@@ -501,8 +497,10 @@ def _load_config(
     path is None and workdir is not None and (workdir / "config.json").exists()
   ):
     config = recipe.load_config(workdir)
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
     argv = overrides
+    config_flags.DEFINE_config_dict(
+      "config", config, flag_values=values, sys_argv=argv
+    )
   else:
     file, colon, variant = (path or "configs/digits.py").partition(":")
     argv = [f"--config={_find_config(file)}{colon}{variant}", *overrides]

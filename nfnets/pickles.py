@@ -119,6 +119,8 @@ def _create_array(function: Any, args: Any, state: tuple, *unused: Any):
 
 def _from_buffer(data: Any, dtype: _Dtype, shape: Any, order: str) -> _Array:
   """An array of pickle's protocol 5."""
+  if not isinstance(data, bytes | bytearray):
+    raise ValueError("an array of something else than bytes")
   array = _Array()
   array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
   return array
@@ -191,9 +193,15 @@ class _Reader(pickle._Unpickler):
       )
     super().load_build()
 
+  def load_bytearray8(self) -> None:
+    # Python's own makes room for as many bytes as the file says.
+    size = int.from_bytes(self.read(8), "little")
+    self.append(bytearray(self.read(size)))
+
   dispatch: ClassVar = {
     **pickle._Unpickler.dispatch,
     pickle.BUILD[0]: load_build,
+    pickle.BYTEARRAY8[0]: load_bytearray8,
   }
 
   def get_extension(self, code: int) -> None:

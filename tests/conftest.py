@@ -23,16 +23,22 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+import warnings  # noqa: E402
 import zlib  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from nfnets import main  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Commands inherit it: a shell's background jobs do not listen to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Seconds until what has not ended is taken for hanging; some machines are slow.
+PATIENCE = 600
 
 # Of commands that train for hundreds of steps, which level 0 makes slow.
 LONG_RUN = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
@@ -107,27 +113,35 @@ def read_rows(workdir, kind="train"):
   return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def kill_when(is_time, command, environment):
-  """Starts a command and SIGKILLs it at a moment; whether it was in time."""
+def kill_when(is_time, command, environment, number=signal.SIGKILL):
+  """Starts a command and sends it a signal at a moment; whether in time.
+
+  Returns when it has ended.
+  """
   process = subprocess.Popen(
-    command, env=environment, stdout=subprocess.DEVNULL
+    command,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=None if number == signal.SIGKILL else subprocess.DEVNULL,
   )
   try:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not is_time() and process.poll() is None:
       assert time.monotonic() < deadline, "the moment never came"
       time.sleep(0.001)
     was_running = process.poll() is None
+    process.send_signal(number)
+    process.wait(PATIENCE)
   finally:
     process.kill()
     process.wait()
   return was_running
 
 
-def run_pod(environment, *options, second=()):
+def run_pod(environment, *options, second=(), is_stop_due=None):
   """Trains in two processes as one; of each exit code, output and errors.
 
-  The second process has more options.
+  The second process has more options, and may be asked to stop at a moment.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -149,7 +163,12 @@ def run_pod(environment, *options, second=()):
     for index in range(2)
   ]
   try:
-    outputs = [host.communicate(timeout=200) for host in hosts]
+    while is_stop_due and hosts[1].poll() is None:
+      if is_stop_due():
+        hosts[1].terminate()
+        break
+      time.sleep(0.01)
+    outputs = [host.communicate(timeout=PATIENCE) for host in hosts]
   finally:
     for host in hosts:
       host.kill()
@@ -163,7 +182,8 @@ def run_pod(environment, *options, second=()):
 def environment(tmp_path_factory):
   """Environment of started commands: one device, compilations shared."""
   cache = tmp_path_factory.getbasetemp() / "compiled"
-  return os.environ | {
+  variables = {k: v for k, v in os.environ.items() if k != "NPROC"}
+  return variables | {
     "XLA_FLAGS": _FAST_COMPILATION,
     "NFNETS_RUNS": "runs",  # In the folder that the command is started in.
     "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -176,7 +196,7 @@ def environment(tmp_path_factory):
 def nfnets(environment):
   """Runs the command line in a process of its own."""
 
-  def run(*arguments, cwd=None, timeout=900, **variables):
+  def run(*arguments, cwd=None, timeout=2 * PATIENCE, **variables):
     return subprocess.run(
       [sys.executable, "-m", "nfnets.main", *map(str, arguments)],
       env=environment | variables,
@@ -186,5 +206,23 @@ def nfnets(environment):
       timeout=timeout,
       check=False,
     )
+
+  return run
+
+
+@pytest.fixture
+def nfnets_here(monkeypatch, capsys):
+  """The same within this process: for what ends before anything compiles."""
+  # These hold for all that comes after.
+  monkeypatch.setattr(main, "_keep_compiled", lambda: None)
+  monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+  monkeypatch.setenv("NFNETS_RUNS", "runs")
+
+  def run(*arguments, cwd=None):
+    if cwd is not None:
+      monkeypatch.chdir(cwd)
+    code = main.main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
   return run

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfnets import augment
+from nfnets import augment, randaugment
 from nfnets.data.batch import Batch
 
 KEY = jax.random.key(0)
@@ -115,13 +115,35 @@ def test_without_partners_the_next_image_is_rolled_in(kind):
   np.testing.assert_array_equal(out.partner_labels, np.roll(batch.labels, 1))
   partner = np.roll(batch.images, 1, axis=0).astype(np.float32)
   own = batch.images.astype(np.float32)
-  low, high = np.minimum(own, partner), np.maximum(own, partner)
-  assert (out.images >= low - 1e-3).all()
-  assert (out.images <= high + 1e-3).all()
+  share = np.asarray(out.share)[:, None, None, None]
+  assert (share < 0.95).any()
+  if "cutmix" in kind:
+    is_own = (out.images == own).all(-1, keepdims=True)
+    assert (is_own | (out.images == partner).all(-1, keepdims=True)).all()
+    found = is_own.mean((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(found, share, atol=1e-6)
+  else:
+    expected = share * own + (1 - share) * partner
+    np.testing.assert_allclose(out.images, expected, atol=1e-3)
 
 
 def test_randaugment_comes_after_mixing_and_gives_grey_levels():
-  apply = augment.make_augment(**RECIPE)
-  out = apply(KEY, jnp.arange(8), _batch(8))
+  batch, places = _batch(8), jnp.arange(8)
+  out = jax.jit(augment.make_augment(**RECIPE))(KEY, places, batch)
   assert out.images.dtype == np.uint8
+  plain = {k: v for k, v in RECIPE.items() if "randaugment" not in k}
+  transform = randaugment.make_randaugment(
+    RECIPE["randaugment_layers"], RECIPE["randaugment_magnitude"]
+  )
+
+  @jax.jit
+  def mixed_then_transformed(batch):
+    keys = jax.vmap(lambda place: jax.random.fold_in(KEY, place))(places)
+    *_, last = augment._split(keys, 4)
+    mixed = augment.make_augment(**plain)(KEY, places, batch).images
+    return transform(last, jnp.clip(mixed, 0, 255).astype(jnp.uint8))
+
+  expected = mixed_then_transformed(batch)
+  np.testing.assert_array_equal(out.images, expected)
+  assert (out.images != batch.images).mean() > 0.5
   assert ((out.share >= 0) & (out.share <= 1)).all()

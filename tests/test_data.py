@@ -166,8 +166,36 @@ def test_image_modes_become_upright_rgb(tmp_path):
   read = images.read(tmp_path / "turned.png")
   np.testing.assert_array_equal(read, np.rot90(photo, -1))
 
-  rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
-  assert images.read(tmp_path / "cmyk.jpg").shape == (6, 8, 3)
+  # Of a JPEG too, whatever comes before it.
+  rgb.save(tmp_path / "first.jpg", exif=exif)
+  first = (tmp_path / "first.jpg").read_bytes()
+  name = b"http://ns.adobe.com/xap/1.0/" + 100 * b"."
+  before = b"\xff\xe1" + (2 + len(name)).to_bytes(2) + name
+  (tmp_path / "later.jpg").write_bytes(first[:2] + before + first[2:])
+  for jpeg in ("first.jpg", "later.jpg"):
+    assert images.read(tmp_path / jpeg).shape == (8, 6, 3)
+
+  # Lossy files of what a few cosines describe.
+  down, across = np.mgrid[0:32, 0:48]
+  smooth = np.stack([5 * down, 255 - 5 * across, 3 * (down + across)], -1)
+  smooth = smooth.clip(0, 255).astype(np.uint8)
+  of_smooth = Image.fromarray(smooth)
+
+  def assert_near(name, expected):
+    difference = np.abs(images.read(tmp_path / name) - expected.astype(float))
+    assert difference.max() < 12, name
+
+  of_smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+  assert_near("cmyk.jpg", smooth)
+  levels = of_smooth.convert("L")
+  levels.save(tmp_path / "grey.jpg", quality=95)
+  assert_near("grey.jpg", np.asarray(levels)[..., None].repeat(3, -1))
+  of_smooth.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+  assert_near("turned.jpg", np.rot90(smooth, -1))
+  of_smooth.save(tmp_path / "plain.jpg", quality=95)
+  assert_near("plain.jpg", smooth)
+  rgb.save(tmp_path / "exact.webp", lossless=True)
+  np.testing.assert_array_equal(images.read(tmp_path / "exact.webp"), photo)
 
   frames = [rgb.quantize(), Image.new("P", rgb.size)]
   frames[0].save(
@@ -185,14 +213,21 @@ def test_files_that_are_no_images(tmp_path):
   (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
   with pytest.raises(InputError, match=r"cut.png cannot be read as an image"):
     images.read(tmp_path / "cut.png")
+  Image.fromarray(np.ones((6, 8), np.float32)).save(tmp_path / "fraction.tif")
+  with pytest.raises(InputError, match=r"fraction.tif .* are fractions: save"):
+    images.read(tmp_path / "fraction.tif")
 
 
 def test_finding_images(tmp_path):
   (tmp_path / "b").mkdir()
-  for name in ("z.JPG", "b/a.png", "notes.txt"):
+  (tmp_path / ".ipynb_checkpoints").mkdir()
+  hidden = ("b/._a.png", ".ipynb_checkpoints/z-checkpoint.jpg")
+  for name in ("z.JPG", "b/a.png", "notes.txt", *hidden):
     (tmp_path / name).touch()
   found = [p.relative_to(tmp_path).as_posix() for p in images.find([tmp_path])]
   assert found == ["b/a.png", "z.JPG"]
+  found = images.find([f"{tmp_path}/**/*.png"])
+  assert found == [tmp_path / "b" / "a.png"]
   # A file that is named is taken, whatever its ending.
   assert images.find([tmp_path / "notes.txt"])
   with pytest.raises(InputError, match=r"nowhere does not exist"):
@@ -319,6 +354,19 @@ def test_folder_with_a_test_folder(tmp_path):
   path = tmp_path / "val" / "ant" / "0.jpg"
   expected = images.resize_crop(images.read(path), 32, 8)
   np.testing.assert_array_equal(test.images[0], expected)
+
+
+def test_hidden_files_are_no_images_and_other_kinds_are_told(tmp_path):
+  _make_folder(tmp_path, ("ant", "bee"), 3)
+  listing = folder.scan(tmp_path, held_out_share=0.2)
+  (tmp_path / "ant" / "._0.jpg").touch()
+  (tmp_path / "ant" / ".ipynb_checkpoints").mkdir()
+  (tmp_path / "ant" / ".ipynb_checkpoints" / "0-checkpoint.jpg").touch()
+  assert folder.scan(tmp_path, held_out_share=0.2) == listing
+  for name in ("a.heic", "b.HEIC", "c.dng", "notes.txt"):
+    (tmp_path / "bee" / name).touch()
+  with pytest.warns(UserWarning, match=r"3 files in .* \(.dng, .heic\) are le"):
+    assert folder.scan(tmp_path, held_out_share=0.2) == listing
 
 
 def test_images_for_testing_must_be_labelled(tmp_path):
@@ -563,9 +611,10 @@ def _resident_bytes():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_flat_over_ten_thousand_batches(tmp_path):
+def test_memory_is_flat_over_thousands_of_batches(tmp_path):
   _make_folder(tmp_path / "train", ("a", "b"), 8)
-  source = sources.load("folder", sizes=SIZES, directory=str(tmp_path))
+  sizes = SIZES._replace(train=64)
+  source = sources.load("folder", sizes=sizes, directory=str(tmp_path))
   stream = batches.TrainBatches(
     source.train, batch_size=2, seed=0, with_partners=True
   )
@@ -573,10 +622,10 @@ def test_memory_is_flat_over_ten_thousand_batches(tmp_path):
     for _ in range(1000):  # What is made once has been made after these.
       jax.device_put(next(ahead).images)
     before = _resident_bytes()
-    for _ in range(9000):
+    for _ in range(2000):
       jax.device_put(next(ahead).images)
     grown = _resident_bytes() - before
-  # A leak of one batch in ten would be 6 MiB.
+  # A leak of one batch in ten would be 9 MiB.
   assert grown < 4 * 2**20, f"{grown / 2**20:.1f} MiB"
 
 
@@ -595,4 +644,4 @@ def test_an_error_of_a_decoding_thread_surfaces_at_once(tmp_path):
     with pytest.raises(InputError, match=r"jpg cannot be read: No such file"):
       for _ in range(4):  # Two batches may have been read before.
         next(ahead)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10

@@ -171,12 +171,12 @@ def test_two_rounds(start, nfnets, environment, tmp_path):
     assert min(picture.size) > 500
 
 
-def test_wrong_input_is_one_line(start, nfnets, tmp_path):
+def test_wrong_input_is_one_line(start, nfnets_here, tmp_path):
   photos, workdir = tmp_path / "photos", tmp_path / "run"
   _write_digits(photos, (5, 6), slice(0, 10))
 
   def fails(*options, exit_code=1, pattern):
-    result = nfnets("train", *_fine_tune(start, photos, workdir, *options))
+    result = nfnets_here("train", *_fine_tune(start, photos, workdir, *options))
     assert result.returncode == exit_code, result.stdout
     assert "Traceback" not in result.stderr
     assert re.search(pattern, result.stderr), result.stderr
@@ -253,14 +253,14 @@ def test_a_round_goes_on_at_its_own_sizes(start, tmp_path):
       rounds.choose(config, given)
 
 
-def test_a_run_and_rounds_do_not_share_a_workdir(start, nfnets, tmp_path):
+def test_a_run_and_rounds_do_not_share_a_workdir(start, nfnets_here, tmp_path):
   """Nothing is written, and other commands still find what is there."""
   _write_digits(tmp_path / "photos", (5, 6), slice(0, 40))
   workdir = tmp_path / "run"
   shutil.copytree(start, workdir)
   before = set(workdir.rglob("*"))
   command = _fine_tune(start, tmp_path / "photos", workdir)
-  result = nfnets("train", *command)
+  result = nfnets_here("train", *command)
   assert result.returncode == 1
   assert re.search(r"another run, one without rounds: choose", result.stderr)
   assert set(workdir.rglob("*")) == before
@@ -272,7 +272,7 @@ def test_a_run_and_rounds_do_not_share_a_workdir(start, nfnets, tmp_path):
   shutil.move(workdir, tmp_path / "rounds" / "round_001")
   command = [*command, "--config.data.grows=False"]
   command += [f"--workdir={tmp_path / 'rounds'}"]
-  result = nfnets("train", *command)
+  result = nfnets_here("train", *command)
   assert result.returncode == 1
   assert re.search(r"holds round_001 of images that are added", result.stderr)
 
@@ -324,15 +324,19 @@ def test_without_weights_it_says_what_to_give():
     recipe.resolve(finetune.get_config("folder"))
 
 
-def test_images_that_change_within_a_run_are_refused(start, nfnets, tmp_path):
+def test_images_that_change_within_a_run_are_refused(
+  start, nfnets_here, tmp_path
+):
   """Without rounds: the order of the examples would be another."""
   photos, workdir = tmp_path / "photos", tmp_path / "run"
   _write_digits(photos, (5, 6), slice(0, 30))
-  command = _fine_tune(start, photos, workdir)
-  command += ["--config.data.grows=False", "--config.train.epochs=1"]
-  _train(nfnets, *command)
+  config = finetune.get_config("folder")
+  config.init_from, config.data.dir = str(start), str(photos)
+  config.data.grows = False
+  (workdir / "checkpoints" / "1").mkdir(parents=True)
+  recipe.save(recipe.resolve(config), workdir)
   _write_digits(photos, (5, 6), slice(30, 40))
-  result = nfnets("train", *command)
+  result = nfnets_here("train", f"--workdir={workdir}")
   assert result.returncode == 1
   assert re.search(r"another run \(images: .*classes.* -> ", result.stderr)
 
@@ -363,7 +367,7 @@ def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):
   """A learning rate of nothing: the first evaluation stays the best."""
   photos, workdir = tmp_path / "photos", tmp_path / "run"
   _write_digits(photos, (5, 6), slice(0, 40))
-  options = ["--config.train.patience=2", "--config.train.epochs=20"]
+  options = ["--config.train.patience=2", "--config.train.epochs=4"]
   options += ["--config.optim.lr_per_256=0.0", "--config.data.grows=False"]
   options += ["--config.eval.every_epochs=1"]
   command = _fine_tune(start, photos, workdir)
@@ -378,7 +382,7 @@ def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):
   again = _train(nfnets, *command, *options)
   assert "is complete" in again
   assert read_rows(workdir, "eval") == rows
-  longer = [*command, *options, "--config.train.epochs=30"]
+  longer = [*command, *options, "--config.train.epochs=5"]
   refused = nfnets("train", *longer)
   assert refused.returncode == 1
   assert "or raise config.train.patience to train" in refused.stderr
@@ -393,7 +397,7 @@ def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):
     "  return config\n"
   )
   options = [x for x in options if "patience" not in x]
-  options += [f"--config={impatient}", "--config.train.epochs=4"]
+  options += [f"--config={impatient}"]
   _train(nfnets, *command, *options)
   step = rows[0]["step"]
   assert (workdir / f"weights_{step}.safetensors").read_bytes() == best

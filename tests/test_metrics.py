@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from nfnets import metrics, plots
+from nfnets import metrics, plots, progress
 from nfnets.errors import InputError
 
 
@@ -80,6 +81,56 @@ def test_a_record_goes_on_without_tensorboard(tmp_path, monkeypatch):
   log.write(3, "train", {"loss": 0.2})
   log.close()
   assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+
+
+def test_few_high_values_do_not_flatten_a_curve():
+  usual = list(np.linspace(7, 1, 200))
+  assert plots._without_spikes(usual) is None
+  assert 7 < plots._without_spikes([*usual, 900.0]) < 12
+  assert plots._without_spikes([]) is None
+
+
+@pytest.mark.parametrize("num", [2, 40])
+def test_confusions_of_few_and_many_classes_are_drawn(tmp_path, num):
+  confusion = np.diag(np.full(num, 9))
+  confusion[1, 0] = 3
+  names = tuple(f"class {i} {'with a long name' * 3}" for i in range(num))
+  path = tmp_path / "confusion.png"
+  plots.save_confusion(confusion, names, path)
+  with Image.open(path) as image:
+    assert max(image.size) < 1200
+    assert len(set(image.convert("L").get_flattened_data())) > 50
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_bar_keeps_step_and_time(monkeypatch, capsys, width):
+  """In narrow terminals other numbers are cut."""
+  monkeypatch.setenv("COLUMNS", str(width))
+  monkeypatch.setenv("TTY_COMPATIBLE", "1")
+  with progress.TrainProgress(start=0, total=112500, batch_size=4096) as bar:
+    bar.restart_clock()
+    values = {"loss": 6.123, "accuracy": 0.123, "clipped/all": 0.31}
+    bar.update(27172, values)
+    bar._bar.refresh()
+    shown = capsys.readouterr().out
+    assert "27172/112500" in shown
+    assert "loss 6.1" in shown
+    bar.evaluating("EMA", 1024, 50000)
+    bar._bar.refresh()
+    assert "evaluating EMA: 1,024 of" in capsys.readouterr().out
+
+
+def test_lines_come_now_and_then(monkeypatch, capsys):
+  now = iter([0.0, 5.0, 10.5, 12.0, 21.0])
+  monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+  ticker = progress.Ticker(print)
+  for done in range(1000, 5000, 1000):
+    ticker("raw", done, 50_000)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines == [
+    "evaluating raw: 2,000 of 50,000 images",
+    "evaluating raw: 4,000 of 50,000 images",
+  ]
 
 
 def test_curves_are_drawn_with_and_without_clipping(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import draw_params, param_shapes
@@ -62,6 +63,20 @@ def _load(tmp_path, data):
 def test_a_released_tree_is_read(tmp_path, protocol):
   found = _load(tmp_path, _dump(_released(TREE), protocol))
   jax.tree.map(np.testing.assert_array_equal, found, TREE)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_arrays_of_jax_and_of_the_newest_protocol_are_read(tmp_path, protocol):
+  tree = jax.tree.map(jnp.asarray, TREE) if protocol == 4 else TREE
+  found = _load(tmp_path, pickle.dumps(tree, protocol))
+  jax.tree.map(np.testing.assert_array_equal, found, TREE)
+
+
+def test_room_is_made_for_the_bytes_that_are_there(tmp_path):
+  data = pickle.PROTO + b"\5" + pickle.BYTEARRAY8
+  data += (1 << 50).to_bytes(8, "little") + b"few" + pickle.STOP
+  with pytest.raises(InputError, match=r"is damaged or no checkpoint"):
+    _load(tmp_path, data)
 
 
 def test_a_tree_of_no_published_network_is_refused(tmp_path):

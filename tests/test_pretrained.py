@@ -132,6 +132,23 @@ def test_arrays_of_no_network_are_named(tmp_path):
     pretrained.load_with_known_card(path)
 
 
+def test_a_network_without_its_classes_is_named(tmp_path):
+  model = models.make("nfnet_l0", 3)
+  path = tmp_path / "weights.npz"
+  pretrained.save(path, draw_params(param_shapes(model)), card=None)
+  with pytest.raises(
+    InputError, match=r"is nfnet_l0 with 3 classes, of which it does not say"
+  ):
+    pretrained.load_with_known_card(path)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, params):
+  with pytest.raises(InputError, match=r"w.npz could not be written: Is a dir"):
+    (tmp_path / "w.npz").mkdir()
+    pretrained.save(tmp_path / "w.npz", params, CARD)
+  assert [path.name for path in tmp_path.iterdir()] == ["w.npz"]
+
+
 def test_weights_of_another_model_name_both_sides(params):
   other = models.make("nfnet_tiny", 10, **SMALL)
   with pytest.raises(

@@ -10,8 +10,11 @@ import json
 import pytest
 from conftest import REFERENCE
 
-from configs import finetune, nfnet_imagenet, nfnet_pretrain
-from nfnets import models
+from configs import digits, finetune, nfnet_imagenet, nfnet_pretrain
+from nfnets import devices, models, optim, recipe, steps, train
+from nfnets.data import sources
+from nfnets.data.source import Sizes
+from nfnets.errors import InputError
 
 RECIPES = {
   f"{name}_{variant}": (name, variant)
@@ -94,13 +97,115 @@ def test_the_papers_fine_tuning():
   assert found["variant"]["stochdepth_rate"] == 0.1
 
 
+def test_what_follows_from_the_papers_recipe(monkeypatch):
+  """With as many images as ImageNet has."""
+  made = sources.load("synthetic", sizes=Sizes(8, 8, 0))
+  monkeypatch.setattr(sources, "load", lambda *_, **__: made)
+  r = recipe.resolve(nfnet_imagenet.get_config("F1"))
+  assert (r.train_size, r.card.image_size, r.card.margin) == (224, 320, 32)
+  assert (r.total_steps, r.warmup_steps) == (112_602, 1564)
+  assert r.eval_every_steps == round(
+    r.config.eval.every_epochs * 1_281_167 / 4096
+  )
+  assert r.peak_learning_rate == 1.6
+  rates = [float(r.make_schedule()(step)) for step in (0, 782, 1564, 112_601)]
+  assert rates == pytest.approx([0, 0.8, 1.6, 0], abs=1e-6)
+
+
+def test_every_setting_reaches_what_computes(monkeypatch):
+  """All of them have defaults there, which would hide one that does not."""
+  given: dict = {}
+
+  def watch(module, name):
+    original = getattr(module, name)
+
+    def call(*arguments, **options):
+      given.update(options)
+      return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, call)
+
+  watch(steps, "make_train_step")
+  watch(optim, "make_optimizer")
+  watch(recipe, "make_augment")
+  config = digits.get_config()
+  expected = {
+    "augment.flip": ("flip", True),
+    "augment.shift": ("shift", 0.25),
+    "augment.mixup_alpha": ("mixup_alpha", 0.3),
+    "augment.cutmix": ("cutmix", True),
+    "augment.randaugment_layers": ("randaugment_layers", 2),
+    "augment.randaugment_magnitude": ("randaugment_magnitude", 7),
+    "augment.randaugment_quirks": ("randaugment_quirks", False),
+    "train.accumulate": ("accumulate", 2),
+    "train.precision": ("precision", "bfloat16"),
+    "train.label_smoothing": ("label_smoothing", 0.2),
+    "optim.momentum": ("momentum", 0.8),
+    "optim.weight_decay": ("weight_decay", 1e-3),
+    "optim.agc_clipping": ("clipping", 0.02),
+    "optim.agc_eps": ("clipping_eps", 1e-2),
+    "optim.ema_decay": ("ema_decay", 0.95),
+    "optim.sam_rho": ("sam_rho", 0.05),
+    "optim.sam_share": ("sam_share", 0.5),
+    "seed": ("seed", 3),
+  }
+  # What has no such simple counterpart in the step.
+  elsewhere = {
+    "augment.partners", "optim.lr_per_256", "optim.warmup_epochs",
+    "optim.warmup_steps", "optim.frozen",
+  }  # fmt: skip
+  sections = {key for key in expected if "." in key} | elsewhere
+  for section in ("augment", "optim"):
+    assert sections >= {f"{section}.{key}" for key in config[section]}
+  config.update_from_flattened_dict({k: v for k, (_, v) in expected.items()})
+  train._make_programs(recipe.resolve(config), devices.make_mesh(1))
+  found = {key: given[name] for key, (name, _) in expected.items()}
+  assert found == {key: value for key, (_, value) in expected.items()}
+
+
+def test_a_workdir_belongs_to_what_the_readme_says(tmp_path):
+  """Each key by itself; of those that a run may change, one."""
+  r = recipe.resolve(digits.get_config())
+  recipe.save(r, tmp_path)
+  assert recipe.changes_since(r, tmp_path) == []
+  others = {
+    "data.eval_crop": "padded",
+    "data.eval_margin": 4,
+    "data.held_out_share": 0.3,
+    "data.min_area": 0.5,
+    "data.mean": (1.0, 2.0, 3.0),
+    "data.source": "synthetic",
+    "data.std": (1.0, 2.0, 3.0),
+    "data.test_size": 40,
+    "data.test_split": "valid",
+    "data.tfds_name": "insects",
+    "data.train_size": 40,
+    "data.train_split": "train",
+    "init_from": "weights.npz",
+    "seed": 1,
+    "train.batch_size": 32,
+    "model.drop_rate": 0.5,
+  }
+  made = {"classes", "images", "with AGC"}  # Of others.
+  assert set(others) == set(recipe._FIXED) - made | {"model.drop_rate"}
+  for key, value in others.items():
+    config = digits.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=rf"another run \(.*{key}: "):
+      recipe.changes_since(r._replace(config=config), tmp_path)
+  config = digits.get_config()
+  config.optim.lr_per_256 = 1.0
+  changes = recipe.changes_since(r._replace(config=config), tmp_path)
+  assert changes == ["optim.lr_per_256: 2.0 -> 1.0"]
+
+
 def test_every_recipe_has_a_golden_file_and_each_file_a_recipe():
   files = {path.stem for path in _path("").parent.glob("*.json")}
   assert files == set(RECIPES)
 
 
 if __name__ == "__main__":
-  for recipe in RECIPES:
-    _path(recipe).parent.mkdir(exist_ok=True)
-    text = json.dumps(_resolved(recipe), indent=2, sort_keys=True)
-    _path(recipe).write_text(text + "\n")
+  for given in RECIPES:
+    _path(given).parent.mkdir(exist_ok=True)
+    text = json.dumps(_resolved(given), indent=2, sort_keys=True)
+    _path(given).write_text(text + "\n")

@@ -10,14 +10,25 @@ import optax
 import pytest
 from conftest import SMALL, draw_params, load_json, param_shapes
 
-from nfnets import agc, augment, checkpoint, devices, models, optim, sam, steps
+from nfnets import (
+  agc,
+  augment,
+  checkpoint,
+  devices,
+  evaluate,
+  models,
+  optim,
+  sam,
+  steps,
+)
 from nfnets.data.batch import Batch
+from nfnets.data.source import Examples, Split
 from nfnets.errors import InputError
 
 SMALL_MODEL = models.make("nfnet_tiny", 10, **SMALL)
 ONE_BLOCK_ROW = {k: v[:1] for k, v in SMALL.items()}
 ONE_BLOCK = models.make("nfnet_tiny", 10, **ONE_BLOCK_ROW)
-DEEP = SMALL | {"depth": (2, 3)}
+DEEP = SMALL | {"depth": (1, 3)}
 SAM = {"sam_rho": 0.5, "sam_share": 0.25}
 SHIFT = augment.make_augment(shift=0.125)
 IDENTITY = augment.Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -102,7 +113,7 @@ def test_six_steps_are_those_of_the_original_code():
 
 @functools.cache
 def _one_device():
-  return _run(SMALL_MODEL, 1, _batches(0, 4, 16))
+  return _run(ONE_BLOCK, 1, _batches(0, 4, 16))
 
 
 def _assert_same_run(run, other):
@@ -120,16 +131,21 @@ def _assert_same_run(run, other):
 
 
 @pytest.mark.parametrize(
-  "num_devices", [2, pytest.param(4, marks=pytest.mark.slow), 8]
+  "num_devices",
+  [
+    pytest.param(2, marks=pytest.mark.slow),
+    pytest.param(4, marks=pytest.mark.slow),
+    8,
+  ],
 )
 def test_n_devices_equal_one_device(num_devices):
-  run = _run(SMALL_MODEL, num_devices, _batches(0, 4, 16))
+  run = _run(ONE_BLOCK, num_devices, _batches(0, 4, 16))
   _assert_same_run(run, _one_device())
 
 
 def test_accumulated_micro_batches_equal_one_batch():
   """Clipping happens once, on the mean: per micro-batch it would differ."""
-  run = _run(SMALL_MODEL, 2, _batches(0, 4, 16), accumulate=4)
+  run = _run(ONE_BLOCK, 2, _batches(0, 4, 16), accumulate=4)
   _assert_same_run(run, _one_device())
   assert run[1][0]["clipped/all"] > 0.01
 
@@ -220,10 +236,12 @@ def test_micro_batches_share_standardised_weights(sam_rho):
   assert any(found) == bool(sam_rho)
 
 
-@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
-def test_the_step_crosses_devices_only_for_gradients_and_metrics(sam_rho):
+@pytest.mark.parametrize(("num_devices", "options"), [(8, {}), (2, SAM)])
+def test_the_step_crosses_devices_only_for_gradients_and_metrics(
+  num_devices, options
+):
   """SAM's climb is each device's own: it adds nothing."""
-  state, step, mesh = _setup(ONE_BLOCK, 4, sam_rho=sam_rho)
+  state, step, mesh = _setup(ONE_BLOCK, num_devices, **options)
   state = devices.replicate(state, mesh)
   batch = devices.shard_batch(_batches(0, 1, 16)[0], mesh)
   hlo = step.lower(state, batch).compile().as_text()
@@ -287,14 +305,13 @@ def test_sam_is_descent_from_where_the_climb_ended():
 
 
 def test_bfloat16_step_keeps_float32_state_and_learns_about_the_same():
-  state, metrics = _run(
-    SMALL_MODEL, 2, _batches(0, 4, 16), precision="bfloat16"
-  )
+  state, metrics = _run(ONE_BLOCK, 2, _batches(0, 4, 16), precision="bfloat16")
   for leaf in jax.tree.leaves(state):
     assert leaf.dtype in (jnp.float32, jnp.int32)
   exact = _one_device()[1]
   for values, expected in zip(metrics, exact, strict=True):
-    np.testing.assert_allclose(values["loss"], expected["loss"], rtol=0.02)
+    for name in ("loss", "grad_norm"):
+      np.testing.assert_allclose(values[name], expected[name], rtol=0.02)
   assert metrics[0]["loss"] != exact[0]["loss"]
 
 
@@ -312,7 +329,7 @@ def test_randomness_depends_on_seed_and_step_alone():
 
 
 def test_statistics_name_every_part():
-  metrics = _one_device()[1][0]
+  metrics = _in_turn()[1][0]
   parts = {k.partition("/")[2] for k in metrics if k.startswith("clipped/")}
   assert parts == {"all", "stem", "stage1", "stage2", "head"}
 
@@ -344,6 +361,42 @@ def test_evaluation_ignores_padding(num_devices):
   assert float(sums["top5"]) == np.sum(order[:, :5] == labels[:, None])
   log_probs = jax.nn.log_softmax(logits)[np.arange(5), labels]
   np.testing.assert_allclose(sums["loss"], -jnp.sum(log_probs), rtol=1e-5)
+
+
+def test_every_example_counts_once_on_any_number_of_devices():
+  """Of 13 in batches of 5, which eight devices cannot share."""
+  (batch,) = _batches(0, 1, 13)
+  read = lambda indices, _: Examples(
+    batch.images[indices], batch.labels[indices], np.ones(len(indices), bool)
+  )
+  results = []
+  for num_devices in (1, 8):
+    mesh = devices.make_mesh(num_devices)
+    eval_step = steps.make_eval_step(
+      ONE_BLOCK, mesh, normalization=IDENTITY, with_confusion=True
+    )
+    params = devices.replicate(draw_params(param_shapes(ONE_BLOCK)), mesh)
+    told = []
+    results.append(
+      evaluate.over_split(
+        eval_step,
+        params,
+        {},
+        Split(13, read),
+        batch_size=5,
+        mesh=mesh,
+        tell=lambda *numbers, told=told: told.append(numbers),
+      )
+    )
+    assert told == {1: [(5, 13), (10, 13)], 8: [(8, 13)]}[num_devices]
+  one, eight = results
+  assert one.num_examples == eight.num_examples == 13
+  np.testing.assert_array_equal(one.confusion, eight.confusion)
+  assert (
+    one.confusion.sum(1).tolist()
+    == np.bincount(batch.labels, minlength=10).tolist()
+  )
+  np.testing.assert_allclose(one[:3], eight[:3], rtol=1e-5)
 
 
 def test_a_checkpoint_of_another_structure_is_not_called_damaged(tmp_path):

@@ -7,7 +7,9 @@ import csv
 import fcntl
 import json
 import os
+import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, kill_when, read_rows, run_pod
+from conftest import PATIENCE, SMALL, kill_when, read_rows, run_pod
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
@@ -100,7 +102,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
 def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
   finished, environment, tmp_path, nfnets
 ):
-  """SIGKILL before, during and after checkpoints, then the same command."""
+  """Before, while and after it saves; each time the same command goes on."""
   workdir = tmp_path / "killed"
   command = [sys.executable, "-m", "nfnets.main", "train"]
   command += [f"--workdir={workdir}", *TINY_RUN]
@@ -113,14 +115,22 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
   def while_saving():
     return any("tmp" in p.name for p in checkpoints.glob("*"))
 
-  moments = [at_step(3), while_saving, at_step(10), at_step(30)]
-  num_killed = sum(kill_when(m, command, environment) for m in moments)
-  assert num_killed == len(moments)
+  def has_saved(step):
+    return (checkpoints / str(step)).is_dir
+
+  for is_time, number in (
+    (at_step(3), signal.SIGKILL),
+    (while_saving, signal.SIGKILL),
+    (has_saved(7), signal.SIGKILL),
+    (has_saved(14), signal.SIGINT),
+    (has_saved(28), signal.SIGKILL),
+  ):
+    assert kill_when(is_time, command, environment, number)
   assert not (workdir / "weights.safetensors").exists()
 
   result = nfnets("train", f"--workdir={workdir}", *TINY_RUN)
   _last_line(result)
-  assert re.search(r"from step \d+", result.stdout)
+  assert int(re.search(r"from step (\d+)", result.stdout)[1]) >= 28
   # Every number of every step, to the last bit, and the weights.
   assert read_rows(workdir) == read_rows(finished)
   assert read_rows(workdir, "eval") == read_rows(finished, "eval")
@@ -142,7 +152,12 @@ def test_two_processes_train_as_one(finished, environment, tmp_path):
   # Dropout draws per device, so the losses are near, not equal.
   ours, alone = read_rows(workdir), read_rows(finished)
   assert [row["step"] for row in ours] == list(range(1, 12))
-  np.testing.assert_allclose(ours[0]["loss"], alone[0]["loss"], rtol=0.02)
+  for row, expected in zip(ours, alone, strict=False):
+    np.testing.assert_allclose(row["loss"], expected["loss"], rtol=0.02)
+    # Tells, unlike the first losses, one batch from another.
+    np.testing.assert_allclose(
+      row["grad_norm"], expected["grad_norm"], rtol=0.01
+    )
   assert read_rows(workdir, "eval")[-1]["step"] == 11
 
 
@@ -161,6 +176,36 @@ def test_processes_with_other_settings_are_refused(environment, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_that_is_asked_to_stop_stops_both(
+  environment, tmp_path
+):
+  workdir = tmp_path / "pod"
+  options = [f"--workdir={workdir}", *TINY_RUN]
+  longer = [
+    *options,
+    "--config.train.epochs=40",
+    "--config.eval.every_epochs=9",
+  ]
+  longer.append("--config.checkpoint_every_steps=1000")
+  record = workdir / "metrics.jsonl"
+  is_due = lambda: record.exists() and '"step": 9,' in record.read_text()
+  results = run_pod(environment, *longer, is_stop_due=is_due)
+  steps = {
+    re.search(r"stopped by preemption after step (\d+) of", errors)[1]
+    for code, _, errors in results
+    if code == 1
+  }
+  assert len(steps) == 1, results
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == steps
+  (step,) = map(int, steps)
+  shorter = [*longer, f"--config.train.steps={step + 3}"]
+  results = run_pod(environment, *shorter)
+  assert [code for code, *_ in results] == [0, 0], results
+  assert f"from step {step}" in results[0][1]
+  assert [r["step"] for r in read_rows(workdir)] == list(range(1, step + 4))
+
+
+@pytest.mark.slow
 def test_processes_that_do_not_share_a_workdir_are_refused(
   environment, tmp_path
 ):
@@ -175,10 +220,7 @@ def test_processes_that_do_not_share_a_workdir_are_refused(
   assert not other.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_first(
-  number, environment, tmp_path, nfnets
-):
+def test_a_run_that_is_asked_to_stop_saves_first(environment, tmp_path):
   workdir = tmp_path / "stopped"
   options = [*TINY_RUN, "--config.checkpoint_every_steps=1000"]
   command = [sys.executable, "-m", "nfnets.main", "train"]
@@ -193,46 +235,45 @@ def test_a_run_that_is_asked_to_stop_saves_first(
   while not record.exists() or '"step": 4,' not in record.read_text():
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.005)
-  process.send_signal(number)
-  _, errors = process.communicate(timeout=60)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=PATIENCE)
   assert process.returncode == 1
   found = re.search(
-    r"stopped by SIG\w+ after step (\d+) of 44; the same", errors
+    r"stopped by SIGTERM after step (\d+) of 44; the same", errors
   )
   assert found, errors
   assert [p.name for p in (workdir / "checkpoints").iterdir()] == [found[1]]
+  assert (workdir / "curves.png").exists()
 
 
-def test_a_workdir_in_use_is_refused(copy, nfnets):
+def test_a_workdir_in_use_is_refused(copy, nfnets_here):
   before = _snapshot(copy)
   with (copy / ".lock").open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    result = nfnets("train", f"--workdir={copy}", *TINY_RUN)
+    result = nfnets_here("train", f"--workdir={copy}", *TINY_RUN)
   _fails(result, 1, r"another process is training in .*: wait for it, stop it")
   assert _snapshot(copy) == before
 
 
-def test_a_run_starts_from_weights(finished, nfnets, tmp_path):
-  """A learning rate of zero leaves them as they were."""
-  weights = finished / "weights.safetensors"
-  result = nfnets(
-    "train",
-    f"--workdir={tmp_path}",
+def test_a_run_starts_from_weights(finished, environment, tmp_path):
+  """The warm-up begins with a rate of zero, which leaves them as they were."""
+  command = [
+    *(sys.executable, "-m", "nfnets.main", "train", f"--workdir={tmp_path}"),
     *TINY_RUN,
-    f"--config.init_from={weights}",
-    "--config.train.steps=2",
-    "--config.optim.lr_per_256=0.0",
-    "--config.optim.warmup_steps=1",
-    "--config.optim.ema_decay=0.0",
-  )
-  _last_line(result)
-  assert f"{tmp_path} from {weights}" in result.stdout
-  assert "2 steps" in result.stdout
-  (found,) = read_rows(tmp_path, "eval")
+    f"--config.init_from={finished / 'weights.safetensors'}",
+    "--config.eval.every_epochs=0.01",
+  ]
+  record = tmp_path / "metrics.jsonl"
+  is_evaluated = lambda: record.exists() and "raw_loss" in record.read_text()
+  assert kill_when(is_evaluated, command, environment)
+  found, *_ = read_rows(tmp_path, "eval")
+  assert found["step"] == 1
   expected = read_rows(finished, "eval")[-1]
   for name in ("loss", "top1", "top5"):
-    assert found[f"ema_{name}"] == expected[f"ema_{name}"], name
     assert found[f"raw_{name}"] == expected[f"ema_{name}"], name
+    np.testing.assert_allclose(
+      found[f"ema_{name}"], expected[f"ema_{name}"], rtol=1e-5, err_msg=name
+    )
 
 
 def test_a_finished_run_started_again_says_so(finished, nfnets):
@@ -295,11 +336,7 @@ def test_a_first_start_that_failed_does_not_bind_its_workdir(nfnets, tmp_path):
   workdir = tmp_path / "new"
   workdir.mkdir()
   (workdir / "config.json").write_text("{}")
-  options = [
-    *TINY_RUN,
-    "--config.train.epochs=0.1",
-    "--config=configs/digits.py",
-  ]
+  options = [*TINY_RUN, "--config=configs/digits.py"]
   _last_line(nfnets("train", f"--workdir={workdir}", *options))
 
 
@@ -310,8 +347,8 @@ def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
   )
   for lines, pattern in (
     ("  c.train.epoch = 10\n  return c\n", r"'epoch': did you mean 'epochs'"),
-    ("  return {}\n", r"config lacks|returns a dict"),
-    ("  return c(\n", r"never closed|SyntaxError|mine.py"),
+    ("  return {}\n", r"the recipe returns a dict: start it from configs.base"),
+    ("  return c(\n", r"never closed"),
   ):
     recipe.write_text(text + lines)
     _fails(nfnets("train", f"--config={recipe}", cwd=tmp_path), 2, pattern)
@@ -399,9 +436,14 @@ def test_prediction_from_a_run_and_from_its_weights_agree(
     outputs.append([json.loads(line) for line in result.stdout.splitlines()])
   *outputs, rough = outputs
   assert outputs[0] == outputs[1]
-  likeliest = lambda output: [x["classes"][0]["name"] for x in output]
-  assert likeliest(rough) == likeliest(outputs[0])
   assert rough != outputs[0]
+  for near, exact in zip(rough, outputs[0], strict=True):
+    expected = {c["name"]: c["probability"] for c in exact["classes"]}
+    found = {c["name"]: c["probability"] for c in near["classes"]}
+    shared = expected.keys() & found.keys()
+    assert len(shared) >= 4  # Of five: the last may be nearly the sixth.
+    for name in shared:
+      assert found[name] == pytest.approx(expected[name], abs=0.02)
   assert [os.path.basename(x["path"]) for x in outputs[0]] == [
     f"{digit}.png" for digit in range(10)
   ]
@@ -490,10 +532,10 @@ def test_the_first_run_of_the_readme_learns(nfnets, tmp_path):
   assert progress
 
 
-def test_info(nfnets):
+def test_info(nfnets, nfnets_here):
   listed = nfnets("info")
   assert "nfnet_f6_plus" in listed.stdout
-  one = nfnets("info", "nfnet_f3").stdout
+  one = nfnets_here("info", "nfnet_f3").stdout
   for text in (
     "254,924,200",
     "416 px, 114.76G",
@@ -501,11 +543,43 @@ def test_info(nfnets):
     "magnitude 15",
   ):
     assert text in one
-  paper = nfnets("info", "nfnet_f4_plus", "group_width=192,128,128,128").stdout
+  columns = "group_width=192,128,128,128"
+  paper = nfnets_here("info", "nfnet_f4_plus", columns).stdout
   assert "527,033,076" in paper
   assert "367.41G" in paper
-  groups = nfnets("info", "--groups").stdout
+  groups = nfnets_here("info", "--groups").stdout
   assert re.search(r"classifier weight +no +yes +1 +3,072,000", groups)
+
+
+def _commands_of_the_readme():
+  text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+  return re.findall(r"^nfnets (.*?)(?: \.\.\.)?$", text, re.M)
+
+
+@pytest.mark.parametrize("command", _commands_of_the_readme())
+def test_the_commands_of_the_readme_are_understood(command):
+  from nfnets import main
+
+  args, rest = main._make_parser().parse_known_args(shlex.split(command))
+  if hasattr(args, "config") and args.config:
+    main._load_config(args.config, rest)  # Raises what is wrong.
+  else:
+    assert rest == []
+
+
+def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path):
+  code = (
+    "import jax; from nfnets import main; main._keep_compiled();"
+    "jax.jit(lambda x: x + 1)(1.0)"
+  )
+  variables = {k: v for k, v in os.environ.items() if k[:4] != "JAX_"}
+  variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  subprocess.run(
+    [sys.executable, "-c", code],
+    env=variables | {"NFNETS_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+    check=True,
+  )
+  assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own setting")
@@ -533,10 +607,8 @@ def test_a_command_starts_with_its_memory_settings_unless_told_otherwise(given):
   assert seen == f"{process.pid} {wanted} ['a b', '--c=1']"
 
 
-def test_help_is_quick_and_complete(nfnets):
-  start = time.monotonic()
+def test_help_is_complete(nfnets):
   text = nfnets("--help").stdout
-  assert time.monotonic() - start < 2
   for command in ("train", "evaluate", "predict", "info"):
     assert command in text
     assert f"usage: nfnets {command}" in nfnets(command, "--help").stdout
@@ -592,8 +664,8 @@ def test_help_is_quick_and_complete(nfnets):
     (["train", "--config.train.remat=all"], r"config.train: unknown remat"),
   ],
 )  # fmt: skip
-def test_wrong_usage(arguments, pattern, nfnets, tmp_path):
-  result = nfnets(*arguments, cwd=tmp_path)
+def test_wrong_usage(arguments, pattern, nfnets_here, tmp_path):
+  result = nfnets_here(*arguments, cwd=tmp_path)
   _fails(result, 2, pattern)
   assert list(tmp_path.iterdir()) == []
 
@@ -601,12 +673,19 @@ def test_wrong_usage(arguments, pattern, nfnets, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "pattern"),
   [
-    (["train", "--config.train.num_devices=3"], r"3 devices .* there are 1"),
+    (["train", "--config.train.num_devices=9"], r"9 devices .* there are 8"),
     (
       ["train", "--config.train.batch_size=9", "--config.train.accumulate=2"],
-      r"batch of 9 images does not divide .* such as 8 or 10",
+      r"batch of 9 images does not divide .* such as 16",
     ),
     (["evaluate", "--workdir=absent"], r"absent does not exist \(no conf"),
+    (["evaluate", "--workdir=~/absent"], r"^[^~]*/absent does not exist"),
+    (["train", "--workdir=gs://x/y"], r"gs:/x/y is on the network: mount it"),
+    (["train", "--config.data.dir=gs://x"], r"gs://x is on the network: moun"),
+    (
+      ["evaluate", "--weights=~/x.npz", "--config=configs/digits.py"],
+      r"[^~]/x.npz: there is no such",
+    ),
     (["evaluate", "--workdir=."], r". is no workdir of a run"),
     (["predict", "absent", "--workdir=."], r"absent does not exist: give"),
     (["predict", ".", "--workdir=."], r"holds no image files"),
@@ -615,8 +694,8 @@ def test_wrong_usage(arguments, pattern, nfnets, tmp_path):
     (["convert", "x.npz", "no/x.npz"], r"no/x.npz: there is no folder"),
   ],
 )  # fmt: skip
-def test_what_cannot_be_done(arguments, pattern, nfnets, tmp_path):
-  _fails(nfnets(*arguments, cwd=tmp_path), 1, pattern)
+def test_what_cannot_be_done(arguments, pattern, nfnets_here, tmp_path):
+  _fails(nfnets_here(*arguments, cwd=tmp_path), 1, pattern)
   assert list(tmp_path.iterdir()) == []
 
 
@@ -636,12 +715,12 @@ def _snapshot(folder):
   ],
 )
 def test_workdir_of_another_run_is_left_alone(
-  finished, override, pattern, nfnets
+  finished, override, pattern, nfnets_here
 ):
   before = _snapshot(finished)
   # The small network's columns would not fit F0.
   options = ["--config=configs/digits.py"] if "f0" in override else TINY_RUN
-  result = nfnets("train", f"--workdir={finished}", *options, override)
+  result = nfnets_here("train", f"--workdir={finished}", *options, override)
   _fails(result, 1, rf"holds another run \(.*{pattern}.*\): choose another")
   assert _snapshot(finished) == before
 
@@ -670,9 +749,61 @@ def test_checkpoint_cut_short(copy, item, nfnets):
   _last_line(result)
 
 
-def test_config_of_a_workdir_that_is_damaged(copy, nfnets):
+def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(
+  copy, environment, nfnets
+):
+  """Nobody is told to move it away."""
+  metadata = copy / "checkpoints" / "44" / "weights" / "_METADATA"
+  metadata.chmod(0)
+  command = [sys.executable, "-m", "nfnets.main", "evaluate"]
+  if os.getuid() == 0:  # Who may read everything.
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+  result = subprocess.run(
+    [*command, f"--workdir={copy}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  _fails(result, 1, r"44 cannot be read now \(.*\); it is left as it is")
+  metadata.chmod(0o644)
+  _last_line(nfnets("evaluate", f"--workdir={copy}"))
+
+
+def test_a_disk_that_is_full_is_told_and_the_run_goes_on(
+  finished, environment, nfnets, tmp_path
+):
+  """Here no file may be larger than some kilobytes, once there is one."""
+  workdir = tmp_path / "full"
+  command = [sys.executable, "-m", "nfnets.main", "train", *TINY_RUN]
+  command.append(f"--workdir={workdir}")
+  is_time = lambda: (workdir / "checkpoints" / "7").is_dir()
+  assert kill_when(is_time, command, environment)
+  limited = f"ulimit -f 20; exec {shlex.join(command)}"
+  result = subprocess.run(
+    ["bash", "-c", limited],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  _fails(
+    result,
+    1,
+    r"a checkpoint could not be written to .* \(.*File too large.*\); step \d+ "
+    r"is the newest one that is complete: make room",
+  )
+  newest = re.search(r"; (step \d+) is the newest", result.stderr)[1]
+  result = nfnets("train", f"--workdir={workdir}", *TINY_RUN)
+  _last_line(result)
+  assert f"from {newest}\n" in result.stdout
+  assert read_rows(workdir) == read_rows(finished)
+
+
+def test_config_of_a_workdir_that_is_damaged(copy, nfnets_here):
   (copy / "config.json").write_text("{")
-  _fails(nfnets("evaluate", f"--workdir={copy}"), 1, r"config.json is not JSON")
+  result = nfnets_here("evaluate", f"--workdir={copy}")
+  _fails(result, 1, r"config.json is not JSON")
 
 
 def test_a_run_that_diverges_says_what_to_try(nfnets, tmp_path):
@@ -697,3 +828,4 @@ def test_a_run_that_diverges_says_what_to_try(nfnets, tmp_path):
   assert "lower --config.optim.lr_per_256 (now 1e+09)" in result.stderr
   assert "some --config.optim.agc_clipping (now 0)" in result.stderr
   assert "more --config.optim.warmup_epochs (now 1)" in result.stderr
+  assert (workdir / "curves.png").exists()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 import types
@@ -179,6 +180,8 @@ def test_the_imagenet_recipe_trains_resumes_and_evaluates(
   for name in ("killed", "whole"):
     result = nfnets("train", *recipe, f"--workdir={tmp_path / name}")
     assert result.returncode == 0, result.stderr
+    start = r"from step [2-4]$" if name == "killed" else "from scratch$"
+    assert re.search(start, result.stdout, re.M), result.stdout
   rows = read_rows(tmp_path / "whole")
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
   assert read_rows(tmp_path / "killed") == rows

@@ -8,11 +8,18 @@ name; and its only one is trained on, until there are two.)
 """
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from nfnets.data import images
 from nfnets.errors import InputError
+
+# Photographs that nothing here reads.
+_OTHER_PICTURES = (
+  *(".heic", ".heif", ".jxl", ".jp2"),
+  *(".dng", ".arw", ".cr2", ".cr3", ".nef", ".raf"),
+)
 
 _HELD_OUT = ("test", "val", "valid", "validation")
 
@@ -122,7 +129,15 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
   folders = sorted(
     p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
   )
+  found = {folder.name: images.inside_of(folder) for folder in folders}
+  kinds = [path.suffix.lower() for files in found.values() for path in files]
+  if others := [kind for kind in kinds if kind in _OTHER_PICTURES]:
+    warnings.warn(
+      f"{len(others)} files in {root} ({', '.join(sorted(set(others)))}) are "
+      "left out: convert them to JPEG or PNG",
+      stacklevel=1,
+    )
   return {
-    folder.name: sorted(filter(images.is_image, images.inside_of(folder)))
-    for folder in folders
+    name: sorted(filter(images.is_image, files))
+    for name, files in found.items()
   }
