@@ -150,5 +150,5 @@ def _draw_mistakes(
     title="Commonest mistakes: class \N{RIGHTWARDS ARROW} taken for, times",
     xlabel="share of the class (%)",
   )
-  axis.margins(x=0.1)
+  axis.margins(x=0.1, y=0.02)
   axis.spines[["top", "right"]].set_visible(False)

@@ -99,6 +99,7 @@ def test_inference(environment, tmp_path):
   assert any((tmp_path / "dump").iterdir())  # XLA was given them.
 
 
+@pytest.mark.slow
 def test_two_networks_at_once(environment, tmp_path):
   """Each with its own number of images; the late one is left out."""
   command = [sys.executable, SCRIPTS / "benchmark.py", "--at_once", *SMALL]
@@ -313,7 +314,8 @@ sys.exit(f"opened {list(xla_bridge._backends)}" if xla_bridge._backends else 0)
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_it_leaves_no_process(environment, tmp_path, how):
-  num, rest = _stop(environment, tmp_path, how, "round 2/1000", "--rounds=1000")
+  options = ("--what=infer", "--skip=timm,xla,folded", "--rounds=1000")
+  num, rest = _stop(environment, tmp_path, how, "round 2/1000", *options)
   assert num == 2
   assert "Traceback" not in rest
 

@@ -41,7 +41,7 @@ def test_standardization_next_to_double_precision(mean, error):
 @hypothesis.given(
   size=strategies.sampled_from((1, 3)),
   inputs=strategies.sampled_from((5, 16, 32, 48)),  # 5: no slices of sums.
-  outputs=strategies.integers(1, 9),
+  outputs=strategies.sampled_from((1, 5)),
   seed=strategies.integers(0, 99),
 )
 @hypothesis.settings(max_examples=20, deadline=None)

@@ -13,7 +13,7 @@ import sys
 import nbclient
 import nbformat
 import pytest
-from conftest import LONG_RUN
+from conftest import LONG_RUN, PATIENCE
 from jupyter_client import AsyncKernelManager
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments/notebooks"
@@ -75,7 +75,7 @@ def executed(environment, tmp_path_factory, request):
     client = nbclient.NotebookClient(
       notebook,
       km=manager,
-      timeout=300,
+      timeout=PATIENCE,
       resources={"metadata": {"path": folder}},
     )
     client.execute(env=variables)
