@@ -7,6 +7,7 @@ all that evaluation and prediction read.
 """
 
 import contextlib
+import errno
 import inspect
 import logging
 import re
@@ -41,6 +42,8 @@ class Checkpoints:
 
     self._ocp = ocp
     self._root = workdir.resolve() / "checkpoints"
+    self._has_failed = False
+    self._filter = lambda record: not record.exc_info
     self._manager = ocp.CheckpointManager(
       self._root,
       item_names=("weights", "optimizer", "data"),
@@ -53,20 +56,19 @@ class Checkpoints:
     )
 
   def __enter__(self) -> "Checkpoints":
-    # What Orbax's threads raise is raised here too, and told once. After an
-    # error they go on for a while, so that this stays as it is then.
+    # What Orbax's threads raise is raised here too, and told once.
     self._hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
     for log in _LOGS:
-      log.addFilter(_has_no_traceback)
+      log.addFilter(self._filter)
     return self
 
-  def __exit__(self, kind: Any, *exception: Any) -> None:
+  def __exit__(self, *exception: Any) -> None:
     with self._writing():
       self._manager.close()  # Waits for what is being written.
-    if kind is None:
+    if not self._has_failed:  # Else they go on telling for a while.
       sys.unraisablehook = self._hook
       for log in _LOGS:
-        log.removeFilter(_has_no_traceback)
+        log.removeFilter(self._filter)
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint."""
@@ -106,9 +108,11 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds.
+      self._has_failed = True
+      if _is_of_device(error):
+        raise
       # Whatever the manager counts: a folder with its final name is complete.
-      names = [path.name for path in self._root.iterdir()]
-      steps = [int(name) for name in names if name.isdigit()]
+      steps = [int(p.name) for p in self._root.glob("*") if p.name.isdigit()]
       kept = (
         f"step {max(steps)} is the newest one that is complete"
         if steps
@@ -116,8 +120,8 @@ class Checkpoints:
       )
       raise InputError(
         f"a checkpoint could not be written to {self._root} "
-        f"({_reason(error)}); {kept}: make room for the next, and give the "
-        "same command again"
+        f"({_reason(error)}); {kept}: see that there is room and that the "
+        "folder can be written, and give the same command again"
       ) from error
 
   def restore(self, like: TrainState, mesh: Mesh) -> tuple[TrainState, int]:
@@ -162,8 +166,9 @@ class Checkpoints:
           "another version of nfnets: go on with what wrote it, or choose "
           "another --workdir"
         ) from error
-      if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        raise  # It does not fit into the device's memory.
+      self._has_failed = True
+      if _is_of_device(error):
+        raise
       if _may_be_whole(error):
         raise InputError(
           f"the checkpoint {self.folder(step)} cannot be read now "
@@ -192,11 +197,21 @@ def _reason(error: Exception) -> str:
 
 def _may_be_whole(error: Exception) -> bool:
   """Whether reading failed for what lies outside of the checkpoint's files."""
+  if isinstance(error, MemoryError):
+    return True
+  number = getattr(error, "errno", None)
+  if found := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
+    number = int(found[1])
+  if number is not None:  # Files that are missing are damage.
+    return number not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
   codes = "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
-  is_of_system = isinstance(error, OSError | MemoryError) and not isinstance(
-    error, FileNotFoundError | NotADirectoryError | IsADirectoryError
-  )
-  return is_of_system or re.search(codes, str(error)) is not None
+  return re.search(codes, str(error)) is not None
+
+
+def _is_of_device(error: Exception) -> bool:
+  """Whether something did not fit into the device's memory."""
+  is_full = "RESOURCE_EXHAUSTED" in str(error)
+  return isinstance(error, RuntimeError) and is_full
 
 
 def load_weights(workdir: Path, model: Model, mesh: Mesh) -> dict[str, Any]:
@@ -232,10 +247,6 @@ def _ignore_closed_loops(unraisable: Any) -> None:
   is_reading = inspect.iscoroutine(unraisable.object)
   if not is_reading and "Event loop is closed" not in str(unraisable.exc_value):
     sys.__unraisablehook__(unraisable)
-
-
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-  return not record.exc_info
 
 
 def _on(mesh: Mesh, tree: Any) -> Any:

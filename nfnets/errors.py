@@ -7,6 +7,7 @@ line prints it without a traceback; in a notebook it is a `ValueError`.
 import difflib
 import os
 import re
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ def local(path: str) -> str:
   Raises:
     InputError: for an address on the network.
   """
+  if path.startswith("file:"):
+    path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
   if re.match(r"[a-z]\w+:/", path):  # A `Path` has one slash there.
     raise InputError(
-      f"{path} is on the network: mount it, or copy it, and give its folder"
+      f"{path} is on the network: give a path on this machine (mount what is "
+      "there, or download it)"
     )
   return os.path.expanduser(path)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nfnets import models, onnx_graph, pretrained, timm
 from nfnets.augment import Normalization
 from nfnets.card import Card
-from nfnets.errors import InputError, check_output
+from nfnets.errors import InputError, check_output, local
 from nfnets.model_card import model_card
 from nfnets.models import plan
 
@@ -121,7 +121,7 @@ def convert(
       no network for.
   """
   check_output(out, (".safetensors", ".npz"))
-  path = Path(source)
+  path = Path(local(str(source)))
   if path.is_file():
     params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)
   else:

@@ -490,12 +490,12 @@ def _load_config(
   from absl import flags
   from ml_collections import config_flags
 
-  from nfnets import recipe
-
   values = flags.FlagValues()
   if (
     path is None and workdir is not None and (workdir / "config.json").exists()
   ):
+    from nfnets import recipe
+
     config = recipe.load_config(workdir)
     argv = overrides
     config_flags.DEFINE_config_dict(
@@ -514,11 +514,6 @@ def _load_config(
     raise UsageError(f"--config: {_one_line(error)}") from None
   if extra:
     raise UsageError(f"{extra[0]!r} is not understood")
-  recipe.check(config)
-  if config.data.dir is not None:
-    config.data.dir = local(config.data.dir)
-  if config.init_from is not None:
-    config.init_from = local(config.init_from)
   return config
 
 

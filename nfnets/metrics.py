@@ -1,4 +1,4 @@
-"""Numbers over time: JSON lines, TensorBoard, and the curves at the end.
+"""Numbers over time: JSON lines and TensorBoard.
 
 One file, `metrics.jsonl`, is the record; TensorBoard and `curves.png` are made
 from the same rows. A row is `{"step": int, "kind": "train" | "eval", name:

@@ -117,12 +117,16 @@ def _create_array(function: Any, args: Any, state: tuple, *unused: Any):
   return array
 
 
-def _from_buffer(data: Any, dtype: _Dtype, shape: Any, order: str) -> _Array:
-  """An array of pickle's protocol 5."""
+def _from_buffer(
+  data: Any, dtype: _Dtype, shape: Any, order: str, axes: Any = None
+) -> _Array:
+  """An array of pickle's protocol 5; `axes` are transposed in memory."""
   if not isinstance(data, bytes | bytearray):
     raise ValueError("an array of something else than bytes")
   array = _Array()
   array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+  if axes is not None:
+    array.value = array.value.transpose(axes)
   return array
 
 

@@ -1,6 +1,6 @@
 """Figures of a run, made from its `metrics.jsonl`."""
 
-import textwrap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,15 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
       axis.legend(frameon=False, fontsize=8, ncols=2 if axis is clipped else 1)
-  figure.savefig(path, dpi=150)
+  # Of a run that is killed the picture before stays.
+  partial = path.with_name(f".partial-{path.name}")
+  figure.savefig(partial, dpi=150)
+  os.replace(partial, path)
+
+
+def shortened(name: str, length: int) -> str:
+  """A class's name, cut to so many characters."""
+  return name if len(name) <= length else f"{name[: length - 3]}..."
 
 
 def _without_spikes(values: list[float]) -> float | None:
@@ -106,7 +114,7 @@ def save_confusion(
   """
   from matplotlib.figure import Figure
 
-  names = [textwrap.shorten(x, 30, placeholder="...") for x in class_names]
+  names = [shortened(name, 30) for name in class_names]
   shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
   if len(names) > _MOST_IN_TABLE:
     figure = Figure(figsize=(8, 8), layout="constrained")
@@ -136,7 +144,8 @@ def _draw_table(
 def _draw_mistakes(
   axis: Any, confusion: np.ndarray, shares: np.ndarray, names: list[str]
 ) -> None:
-  wrong = confusion * (1 - np.eye(len(names), dtype=int))
+  wrong = confusion.copy()
+  np.fill_diagonal(wrong, 0)
   order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_IN_TABLE]
   pairs = [divmod(int(i), len(names)) for i in order if wrong.flat[i]]
   places = range(len(pairs))

@@ -8,7 +8,6 @@ In a notebook:
 """
 
 import math
-import textwrap
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nfnets import models, pretrained, steps
+from nfnets import models, plots, pretrained, steps
 from nfnets.augment import Normalization
 from nfnets.data import encoded, images
 from nfnets.errors import InputError
@@ -179,6 +178,6 @@ def save_grid(predictions: list[Prediction], path: Path) -> None:
     picture = Image.fromarray(images.read(prediction.path))
     picture.thumbnail((_GRID_PIXELS, _GRID_PIXELS))
     axis.imshow(picture)
-    name = textwrap.shorten(name, 30, placeholder="...")
+    name = plots.shortened(name, 30)
     axis.set_title(f"{name}\n{value:.1%}", fontsize=8)
   figure.savefig(path, dpi=120)

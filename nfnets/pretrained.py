@@ -335,7 +335,8 @@ def unfinished(path: Path) -> Iterator[Path]:
     reason = error.strerror or str(error)
     raise InputError(f"{path} could not be written: {reason}") from error
   finally:
-    partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      partial.unlink()
 
 
 def _quantize(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from nfnets import models, optim, pretrained
 from nfnets.augment import Augment, Normalization, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
-from nfnets.errors import InputError, UsageError, unknown
+from nfnets.errors import InputError, UsageError, local, unknown
 
 # What a workdir is bound to, besides the model.
 _FIXED = (
@@ -153,8 +153,8 @@ def check_columns(card: cards.Card) -> None:
 def fill(config: ConfigDict, card: cards.Card) -> ConfigDict:
   """A config whose open values are those of weights with this card."""
   config = config.copy_and_resolve_references()
-  check_columns(card)
   if config.model.name is None:
+    check_columns(card)
     config.model.name = card.model
     for column, value in card.overrides.items():
       if config.model[column] is None:
@@ -198,6 +198,15 @@ def check(config: ConfigDict) -> None:
   _check_values(config)
 
 
+def _on_this_machine(config: ConfigDict) -> ConfigDict:
+  """With `~` expanded in its paths; raises for addresses on the network."""
+  config = config.copy_and_resolve_references()
+  for section, key in ((config, "init_from"), (config.data, "dir")):
+    if section[key] is not None:
+      section[key] = local(section[key])
+  return config
+
+
 def resolve(config: ConfigDict) -> Recipe:
   """Works out a config.
 
@@ -205,6 +214,7 @@ def resolve(config: ConfigDict) -> Recipe:
     UsageError: for an unknown name or a value out of its range.
   """
   check(config)
+  config = _on_this_machine(config)
   if config.model.name is None or None in _preprocessing(config).values():
     folder = config.data.dir if config.data.source == "folder" else None
     if folder is not None and not Path(folder).is_dir():

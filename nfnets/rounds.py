@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from nfnets import card as cards
 from nfnets import devices, evaluate, pretrained, recipe, steps
-from nfnets.errors import InputError
+from nfnets.errors import InputError, local
 
 # Of classes that a round did not know: none is ever recognised.
 _NEVER = -1e9
@@ -74,8 +74,10 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
 
 def _place(weights: str | None) -> str | None:
   """Where weights are, however that was written; of a name it is the name."""
-  is_path = weights is not None and Path(weights).exists()
-  return str(Path(weights).resolve()) if is_path else weights
+  if weights is None:
+    return None
+  path = Path(local(weights))
+  return str(path.resolve()) if path.exists() else weights
 
 
 def report(config: ConfigDict, folder: Path) -> None:

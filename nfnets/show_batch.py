@@ -1,7 +1,6 @@
 """The story of looking before training: a picture of an augmented batch."""
 
 import math
-import textwrap
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nfnets import recipe
+from nfnets import plots, recipe
 from nfnets.augment import Augmented
 from nfnets.data import batches
 
@@ -66,11 +65,9 @@ def _save(drawn: Augmented, names: tuple[str, ...], path: Path) -> None:
 
 
 def _caption(drawn: Augmented, i: int, names: tuple[str, ...]) -> str:
-  own, partner = (
-    textwrap.shorten(names[label], 26, placeholder="...")
-    for label in (drawn.labels[i], drawn.partner_labels[i])
-  )
+  labels = drawn.labels[i], drawn.partner_labels[i]
+  own, partner = (plots.shortened(names[label], 26) for label in labels)
   share = float(drawn.share[i])
-  if own == partner or share > 0.995:
+  if labels[0] == labels[1] or share > 0.995:
     return own
   return f"{share:.0%} {own}\n{1 - share:.0%} {partner}"

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   """Trains to the last epoch; returns the EMA weights' test result.
 
   Writes to the workdir: `config.json`, `metrics.jsonl`, `tensorboard/`,
-  `checkpoints/`, and at the end `weights.safetensors` (EMA) and `curves.png`.
+  `checkpoints/`, `curves.png`, and at the end `weights.safetensors` (EMA).
 
   Raises:
     InputError: for a config that cannot run, a workdir of another run, a
@@ -335,20 +336,22 @@ class _Curves:
   def __enter__(self) -> "_Curves":
     return self
 
-  def __exit__(self, kind: Any, *exception: Any) -> None:
-    # What ended the run is said before that there is no room for a picture.
-    with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
-      self._draw()
+  def __exit__(self, *exception: Any) -> None:
+    self._draw()
 
   def draw_if_old(self) -> None:
     if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
       self._draw()
 
   def _draw(self) -> None:
-    if devices.is_first_host():
-      path = self._workdir / "curves.png"
+    self._drawn = time.monotonic()
+    if not devices.is_first_host():
+      return
+    path = self._workdir / "curves.png"
+    try:
       plots.save_curves(self._workdir, path, title=self._title)
-      self._drawn = time.monotonic()
+    except Exception as error:  # No picture is worth a run.
+      warnings.warn(f"{path} could not be drawn: {error}", stacklevel=2)
 
 
 class _InFlight:

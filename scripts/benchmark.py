@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,11 +82,6 @@ class Benchmark:
 
     self.args = args
     self.is_saved = False
-    try:
-      args.out.mkdir(parents=True, exist_ok=True)
-      (args.out / report.JSON).open("a").close()
-    except OSError as error:
-      raise FailedError(f"--out={args.out}: {error.strerror}") from None
     columns = {"depth": tuple(args.depth)} if args.depth else {}
     try:
       # Which form is not asked for: that would open the device here, and on a
@@ -95,6 +91,11 @@ class Benchmark:
       ]
     except InputError as error:
       raise FailedError(str(error)) from None
+    try:
+      args.out.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+      raise FailedError(f"--out={args.out}: {error.strerror}") from None
     self.commands = {
       "ours": [sys.executable, str(SCRIPTS / "benchmark_jax.py")]
     }

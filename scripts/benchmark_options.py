@@ -139,7 +139,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   for option in ("size", "rounds", "seconds", "ready_in"):
     given = getattr(args, option)
     if given is not None and not 0 < given < math.inf:
-      parser.error(f"--{option}={given} is not positive")
+      parser.error(f"--{option}={given} is not positive and finite")
   if args.batch and not min(args.batch) > 0:
     parser.error(f"--batch={min(args.batch)} is not positive")
   if args.batch and len(args.batch) not in (1, len(args.model)):

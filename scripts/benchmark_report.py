@@ -35,7 +35,6 @@ TASKS = {
   "forward": "forward",
   "update": "update",
 }
-JSON = "benchmark.json"
 _COLORS = {"ours": "#2a5a8c", "xla": "#9aa3ab"}
 _VARIANT_COLOR = "#6f9fce"  # Of ours.
 _TIMM_COLOR = "#e08a3c"
@@ -49,7 +48,7 @@ def save(data: dict, folder: Path) -> dict:
   data = summarize(data)
   folder.mkdir(parents=True, exist_ok=True)
   for name, text in (
-    (JSON, json.dumps(data, indent=2) + "\n"),
+    ("benchmark.json", json.dumps(data, indent=2) + "\n"),
     ("benchmark.md", to_markdown(data)),
   ):
     unfinished = folder / f".{name}"
@@ -107,7 +106,7 @@ def _section(row: dict) -> tuple:
 
 
 def _baseline(group: list[dict]) -> dict | None:
-  """timm's fastest setting that finished; without timm, plain XLA."""
+  """timm's fastest setting, first of those that finished; or plain XLA."""
   theirs = [row for row in group if row["contestant"].startswith("timm")]
   theirs = theirs or [row for row in group if row["contestant"] == "xla"]
   order = lambda row: ("error" in row, statistics.median(row["seconds"]))

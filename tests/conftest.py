@@ -113,16 +113,15 @@ def read_rows(workdir, kind="train"):
   return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def kill_when(is_time, command, environment, number=signal.SIGKILL):
+def kill_when(
+  is_time, command, environment, number=signal.SIGKILL, errors=None
+):
   """Starts a command and sends it a signal at a moment; whether in time.
 
-  Returns when it has ended.
+  Returns when it has ended; `errors` is a file for what it says of them.
   """
   process = subprocess.Popen(
-    command,
-    env=environment,
-    stdout=subprocess.DEVNULL,
-    stderr=None if number == signal.SIGKILL else subprocess.DEVNULL,
+    command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
   )
   try:
     deadline = time.monotonic() + PATIENCE

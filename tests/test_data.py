@@ -172,7 +172,8 @@ def test_image_modes_become_upright_rgb(tmp_path):
   name = b"http://ns.adobe.com/xap/1.0/" + 100 * b"."
   before = b"\xff\xe1" + (2 + len(name)).to_bytes(2) + name
   (tmp_path / "later.jpg").write_bytes(first[:2] + before + first[2:])
-  for jpeg in ("first.jpg", "later.jpg"):
+  (tmp_path / "filled.jpg").write_bytes(first[:2] + b"\xff\xff" + first[2:])
+  for jpeg in ("first.jpg", "later.jpg", "filled.jpg"):
     assert images.read(tmp_path / jpeg).shape == (8, 6, 3)
 
   # Lossy files of what a few cosines describe.
@@ -194,6 +195,8 @@ def test_image_modes_become_upright_rgb(tmp_path):
   assert_near("turned.jpg", np.rot90(smooth, -1))
   of_smooth.save(tmp_path / "plain.jpg", quality=95)
   assert_near("plain.jpg", smooth)
+  of_smooth.save(tmp_path / "near.avif", quality=95)
+  assert_near("near.avif", smooth)
   rgb.save(tmp_path / "exact.webp", lossless=True)
   np.testing.assert_array_equal(images.read(tmp_path / "exact.webp"), photo)
 
@@ -480,8 +483,6 @@ def test_broken_files_are_named_once_and_skipped_up_to_a_limit(tmp_path):
 
 def test_files_that_cannot_be_opened_are_skipped_too(tmp_path):
   _make_folder(tmp_path / "train", ("a", "b"), 4)
-  (tmp_path / "train" / "a" / "0.jpg").unlink()
-  (tmp_path / "train" / "a" / "0.jpg").mkdir()
   (tmp_path / "train" / "b" / "9.jpg").symlink_to(tmp_path / "absent.jpg")
   damaged = tmp_path / "train" / "b" / "2.jpg"
   start, rest = damaged.read_bytes()[:2], damaged.read_bytes()[2:]
@@ -493,6 +494,8 @@ def test_files_that_cannot_be_opened_are_skipped_too(tmp_path):
   )
   _make_folder(tmp_path / "test", ("a",), 1)
   split = sources.load("folder", sizes=SIZES, directory=str(tmp_path)).train
+  (tmp_path / "train" / "a" / "0.jpg").unlink()
+  (tmp_path / "train" / "a" / "0.jpg").mkdir()
   draws = np.zeros((split.num_examples, *crops.DRAWS))
   with pytest.warns(UserWarning, match="skipped") as warned:
     read = split.read(np.arange(split.num_examples), draws)

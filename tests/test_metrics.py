@@ -1,6 +1,7 @@
 """The record of a run: rows, resuming, and the picture of it."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_few_high_values_do_not_flatten_a_curve():
 def test_confusions_of_few_and_many_classes_are_drawn(tmp_path, num):
   confusion = np.diag(np.full(num, 9))
   confusion[1, 0] = 3
-  names = tuple(f"class {i} {'with a long name' * 3}" for i in range(num))
+  names = tuple(f"class_{i}_{'with_a_long_name' * 3}" for i in range(num))
+  assert plots.shortened(names[1], 20) == "class_1_with_a_lo..."
   path = tmp_path / "confusion.png"
   plots.save_confusion(confusion, names, path)
   with Image.open(path) as image:
@@ -122,7 +124,8 @@ def test_the_bar_keeps_step_and_time(monkeypatch, capsys, width):
 
 def test_lines_come_now_and_then(monkeypatch, capsys):
   now = iter([0.0, 5.0, 10.5, 12.0, 21.0])
-  monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+  clock = types.SimpleNamespace(monotonic=lambda: next(now))
+  monkeypatch.setattr(progress, "time", clock)
   ticker = progress.Ticker(print)
   for done in range(1000, 5000, 1000):
     ticker("raw", done, 50_000)

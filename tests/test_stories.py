@@ -4,6 +4,7 @@ Each command is a process of its own, as a user starts it.
 """
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,8 @@ from conftest import PATIENCE, SMALL, kill_when, read_rows, run_pod
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
+
+from nfnets import checkpoint
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
 TINY_RUN = [
@@ -125,7 +128,12 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
     (has_saved(14), signal.SIGINT),
     (has_saved(28), signal.SIGKILL),
   ):
-    assert kill_when(is_time, command, environment, number)
+    with (tmp_path / "errors").open("w") as errors:
+      assert kill_when(is_time, command, environment, number, errors)
+    if number == signal.SIGINT:
+      text = (tmp_path / "errors").read_text()
+      found = re.search(r"stopped by SIGINT after step (\d+) of 44", text)
+      assert has_saved(int(found[1]))()
   assert not (workdir / "weights.safetensors").exists()
 
   result = nfnets("train", f"--workdir={workdir}", *TINY_RUN)
@@ -770,6 +778,24 @@ def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(
   _last_line(nfnets("evaluate", f"--workdir={copy}"))
 
 
+@pytest.mark.parametrize(
+  ("error", "is_damage"),
+  [
+    (ValueError("DATA_LOSS: checksum"), True),
+    (FileNotFoundError(errno.ENOENT, "No such file"), True),
+    (ValueError("NOT_FOUND: x: gone [os_error_code='2']"), True),
+    (ValueError("UNKNOWN: x: Stale handle [os_error_code='116']"), False),
+    (ValueError("PERMISSION_DENIED: Error"), False),
+    (OSError(errno.EIO, "Input/output error"), False),
+    (MemoryError(), False),
+  ],
+  ids=str,
+)
+def test_only_what_the_files_hold_is_damage(error, is_damage):
+  assert checkpoint._may_be_whole(error) != is_damage
+  assert checkpoint._reason(error)
+
+
 def test_a_disk_that_is_full_is_told_and_the_run_goes_on(
   finished, environment, nfnets, tmp_path
 ):
@@ -791,7 +817,7 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on(
     result,
     1,
     r"a checkpoint could not be written to .* \(.*File too large.*\); step \d+ "
-    r"is the newest one that is complete: make room",
+    r"is the newest one that is complete: see that there is room",
   )
   newest = re.search(r"; (step \d+) is the newest", result.stderr)[1]
   result = nfnets("train", f"--workdir={workdir}", *TINY_RUN)

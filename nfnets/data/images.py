@@ -5,7 +5,7 @@ Shapes: H height, W width in pixels; images [H, W, 3] with values 0 to 255.
 
 import glob
 import io
-import urllib.parse
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,8 +31,6 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
   """
   found = []
   for given in map(str, paths):
-    if given.startswith("file:"):
-      given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
     given = local(given)
     path = Path(given)
     if path.is_dir():
@@ -57,11 +55,11 @@ def inside_of(folder: Path) -> list[Path]:
 
   Such are the copies that notebooks keep, and what Macs put beside each file.
   """
-  return [
-    path
-    for path in folder.rglob("*")
-    if not any(part[0] == "." for part in path.relative_to(folder).parts)
-  ]
+  found = []
+  for root, folders, files in os.walk(folder):
+    folders[:] = [name for name in folders if name[0] != "."]
+    found += [Path(root, name) for name in files if name[0] != "."]
+  return found
 
 
 def is_image(path: Path) -> bool:
@@ -132,7 +130,7 @@ def _has_exif(data: bytes) -> bool:
   """Whether one of the segments before a JPEG's pixels may say how to turn it.
 
   Each is FF, its kind, its length with these two bytes, and what it says; the
-  pixels' kind is DA.
+  pixels' kind is DA. More FF may come before, and some kinds say nothing.
   """
   start = 2
   while data[start : start + 1] == b"\xff":
@@ -141,7 +139,12 @@ def _has_exif(data: bytes) -> bool:
       return True
     if kind in (b"\xda", b""):
       break
-    start += 2 + int.from_bytes(data[start + 2 : start + 4])
+    if kind == b"\xff":
+      start += 1
+    elif kind == b"\x01" or b"\xd0" <= kind <= b"\xd7":
+      start += 2
+    else:
+      start += 2 + int.from_bytes(data[start + 2 : start + 4])
   return False
 
 
