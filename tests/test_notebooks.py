@@ -19,8 +19,6 @@ from jupyter_client import AsyncKernelManager
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments/notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
-SLOW = ("agc_by_hand", "fine_tune_on_a_folder", "look_inside")
-
 # How many pictures each promises.
 NUM_FIGURES = {
   "agc_by_hand": 2,
@@ -89,17 +87,13 @@ def executed(environment, tmp_path_factory, request):
   return execute
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-    for name in NAMES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_notebooks_run_from_a_clean_kernel(executed, name):
   assert _num_figures(executed(name)) == NUM_FIGURES[name]
 
 
+@pytest.mark.slow
 def test_the_classified_scans_are_right(executed):
   found = re.search(r"([\d.]+)% of 360", _text(executed("classify_an_image")))
   assert float(found[1]) > 90
