@@ -1,14 +1,16 @@
 """What a user can do wrong, as exceptions whose text is one clear line.
 
 Every message says what was given, what is needed, and what to do. The command
-line prints it without a traceback; in a notebook it is a `ValueError`.
+line prints it without a traceback; in a notebook it is a `ValueError`. Beside
+them is what all commands share that read and write files.
 """
 
+import contextlib
 import difflib
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,22 @@ def check_output(path: Path, endings: Iterable[str]) -> None:
     )
   if not path.absolute().parent.is_dir():
     raise InputError(f"{path}: there is no folder {path.absolute().parent}")
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+  """Where to write a file that appears as `path` when it is whole.
+
+  Raises:
+    InputError: when it cannot be written; nothing of it is left.
+  """
+  partial = path.with_name(f".partial-{path.name}")
+  try:
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise InputError(f"{path} could not be written: {reason}") from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nfnets import models, onnx_graph, pretrained, timm
 from nfnets.augment import Normalization
 from nfnets.card import Card
-from nfnets.errors import InputError, check_output, local
+from nfnets.errors import InputError, check_output, local, unfinished
 from nfnets.model_card import model_card
 from nfnets.models import plan
 
@@ -86,14 +86,14 @@ def save_stablehlo(path: Path, params: Any, card: Card) -> None:
     jax.ShapeDtypeStruct(shape, jnp.uint8)
   )
   data = exported.serialize()
-  with pretrained.unfinished(path) as partial:
+  with unfinished(path) as partial:
     partial.write_bytes(data)
 
 
 def save_onnx(path: Path, params: Any, card: Card) -> None:
   """Writes an ONNX model: see `onnx_graph.build`."""
   data = onnx_graph.build(params, card).SerializeToString()
-  with pretrained.unfinished(path) as partial:
+  with unfinished(path) as partial:
     partial.write_bytes(data)
 
 

@@ -7,7 +7,6 @@ number ...}`; evaluation names start with `raw_` (the trained weights) or `ema_`
 """
 
 import json
-import os
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from nfnets.errors import InputError
+from nfnets.errors import InputError, unfinished
 
 Row = dict[str, Any]
 
@@ -36,7 +35,8 @@ class Log:
       return
     self._path = workdir / "metrics.jsonl"
     kept = [row for row in read(workdir) if row["step"] <= step]
-    _write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+    with unfinished(self._path) as partial:
+      partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
     self._file = self._path.open("a")
     self._board: _Board | None = _Board(workdir / "tensorboard", step=step)
 
@@ -45,8 +45,14 @@ class Log:
     if not self._is_writer:
       return
     row = {"step": step, "kind": kind, **values}
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps(row) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise InputError(
+        f"{self._path} could not be written: {error.strerror}; the run goes on "
+        "from its newest checkpoint when it is started again"
+      ) from error
     if self._board is None:
       return
     try:
@@ -114,9 +120,3 @@ def read(workdir: Path) -> list[Row]:
         "start a new record"
       ) from None
   return rows
-
-
-def _write_atomically(path: Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)

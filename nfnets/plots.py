@@ -1,12 +1,12 @@
 """Figures of a run, made from its `metrics.jsonl`."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nfnets import metrics
+from nfnets.errors import unfinished
 
 _TRAIN = "#4c78a8"
 _RAW = "#f58518"
@@ -82,10 +82,8 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
       axis.legend(frameon=False, fontsize=8, ncols=2 if axis is clipped else 1)
-  # Of a run that is killed the picture before stays.
-  partial = path.with_name(f".partial-{path.name}")
-  figure.savefig(partial, dpi=150)
-  os.replace(partial, path)
+  with unfinished(path) as partial:  # The one before stays until then.
+    figure.savefig(partial, dpi=150)
 
 
 def shortened(name: str, length: int) -> str:

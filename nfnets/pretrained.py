@@ -8,11 +8,9 @@ channel under "module/name.scale"; they are float32 again once loaded.
 The released pickles and timm's safetensors are read too.
 """
 
-import contextlib
 import json
-import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ import numpy as np
 from nfnets import card as cards
 from nfnets import devices, downloads, models, pickles, timm
 from nfnets.card import Card
-from nfnets.errors import InputError, local, unknown
+from nfnets.errors import InputError, local, unfinished, unknown
 from nfnets.models.plan import is_classifier
 
 Params = dict[str, dict[str, np.ndarray]]
@@ -318,25 +316,6 @@ def save_tensors(
       np.savez(partial, **tensors)
   else:
     raise InputError(f"{path}: weights are saved as .safetensors or .npz")
-
-
-@contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-  """Where to write a file that appears as `path` when it is whole.
-
-  Raises:
-    InputError: when it cannot be written; nothing of it is left.
-  """
-  partial = path.with_name(f".partial-{path.name}")
-  try:
-    yield partial
-    os.replace(partial, path)
-  except OSError as error:
-    reason = error.strerror or str(error)
-    raise InputError(f"{path} could not be written: {reason}") from error
-  finally:
-    with contextlib.suppress(OSError):
-      partial.unlink()
 
 
 def _quantize(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ worked out here, once, after the overrides.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,13 @@ from nfnets import models, optim, pretrained
 from nfnets.augment import Augment, Normalization, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
-from nfnets.errors import InputError, UsageError, local, unknown
+from nfnets.errors import (
+  InputError,
+  UsageError,
+  local,
+  unfinished,
+  unknown,
+)
 
 # What a workdir is bound to, besides the model.
 _FIXED = (
@@ -475,10 +480,8 @@ def save(recipe: Recipe, workdir: Path) -> None:
     },
     indent=2,
   )
-  path = workdir / cards.CONFIG
-  partial = path.with_name(f".partial-{cards.CONFIG}")
-  partial.write_text(text + "\n")
-  os.replace(partial, path)
+  with unfinished(workdir / cards.CONFIG) as partial:
+    partial.write_text(text + "\n")
 
 
 def load_config(workdir: Path) -> ConfigDict:

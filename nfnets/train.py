@@ -351,7 +351,7 @@ class _Curves:
     try:
       plots.save_curves(self._workdir, path, title=self._title)
     except Exception as error:  # No picture is worth a run.
-      warnings.warn(f"{path} could not be drawn: {error}", stacklevel=2)
+      warnings.warn(f"no new picture: {error}", stacklevel=2)
 
 
 class _InFlight:
