@@ -6,6 +6,7 @@ number ...}`; evaluation names start with `raw_` (the trained weights) or `ema_`
 (their moving average).
 """
 
+import contextlib
 import json
 import time
 import warnings
@@ -69,7 +70,8 @@ class Log:
   def close(self) -> None:
     """Finishes both records."""
     if self._is_writer:
-      self._file.close()
+      with contextlib.suppress(OSError):  # Of rows that could not be written.
+        self._file.close()
       if self._board is not None:
         self._board.close()
 

@@ -1,6 +1,8 @@
 """The record of a run: rows, resuming, and the picture of it."""
 
 import json
+import pathlib
+import sys
 import types
 
 import numpy as np
@@ -43,6 +45,18 @@ def test_a_last_line_cut_short_is_no_row_but_another_one_is_an_error(tmp_path):
   path.write_text("garbage\n" + whole)
   with pytest.raises(InputError, match=r"metrics.jsonl line 1 is not JSON"):
     metrics.read(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="opens /dev/full")
+def test_a_record_that_cannot_be_written_is_named(tmp_path):
+  log = metrics.Log(tmp_path, step=0)
+  log._file.close()
+  log._file = pathlib.Path("/dev/full").open("a")
+  with pytest.raises(
+    InputError, match=r"metrics.jsonl could not be written: No"
+  ):
+    log.write(1, "train", {"loss": 1.0})
+  log.close()
 
 
 def _events(path):
