@@ -691,8 +691,8 @@ def test_wrong_usage(arguments, pattern, nfnets_here, tmp_path):
     ),
     (["evaluate", "--workdir=absent"], r"absent does not exist \(no conf"),
     (["evaluate", "--workdir=~/absent"], r"^[^~]*/absent does not exist"),
-    (["train", "--workdir=gs://x/y"], r"gs:/x/y is on the network: mount it"),
-    (["train", "--config.data.dir=gs://x"], r"gs://x is on the network: moun"),
+    (["train", "--workdir=gs://x/y"], r"gs:/x/y is on the network: give a"),
+    (["train", "--config.data.dir=gs://x"], r"gs://x is on the network: give"),
     (
       ["evaluate", "--weights=~/x.npz", "--config=configs/digits.py"],
       r"[^~]/x.npz: there is no such",
