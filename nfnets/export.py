@@ -85,16 +85,14 @@ def save_stablehlo(path: Path, params: Any, card: Card) -> None:
   exported = jax.export.export(jax.jit(classify), platforms=PLATFORMS)(
     jax.ShapeDtypeStruct(shape, jnp.uint8)
   )
-  data = exported.serialize()
   with unfinished(path) as partial:
-    partial.write_bytes(data)
+    partial.write_bytes(exported.serialize())
 
 
 def save_onnx(path: Path, params: Any, card: Card) -> None:
   """Writes an ONNX model: see `onnx_graph.build`."""
-  data = onnx_graph.build(params, card).SerializeToString()
   with unfinished(path) as partial:
-    partial.write_bytes(data)
+    partial.write_bytes(onnx_graph.build(params, card).SerializeToString())
 
 
 WRITERS: dict[str, Callable[[Path, Any, Card], None]] = {

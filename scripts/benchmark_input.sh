@@ -4,8 +4,10 @@
 # gets an environment of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-venv=$root/.venv-tensorflow extras=${NFNETS_EXTRAS:+,${NFNETS_EXTRAS#[}}
-NFNETS_EXTRAS=[tensorflow${extras:-]}  # Also those given, such as [cuda].
+if [[ " $* " != *" --help "* ]]; then  # Which the package alone can print.
+  venv=$root/.venv-tensorflow extras=${NFNETS_EXTRAS:+,${NFNETS_EXTRAS#[}}
+  NFNETS_EXTRAS=[tensorflow${extras:-]}  # Also those given, such as [cuda].
+fi
 build_environment
 export TF_CPP_MIN_LOG_LEVEL=3
 exec "$venv/bin/python" "$root/scripts/benchmark_input.py" "$@"

@@ -11,6 +11,8 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
+from nfnets.errors import unfinished
+
 TEXTS = {
   "ours": "ours",
   "folded": "ours, folded",
@@ -51,9 +53,8 @@ def save(data: dict, folder: Path) -> dict:
     ("benchmark.json", json.dumps(data, indent=2) + "\n"),
     ("benchmark.md", to_markdown(data)),
   ):
-    unfinished = folder / f".{name}"
-    unfinished.write_text(text)
-    unfinished.replace(folder / name)
+    with unfinished(folder / name) as partial:
+      partial.write_text(text)
   figure = folder / "benchmark.png"
   figure.unlink(missing_ok=True)
   if any("images_per_second" in row for row in data["rows"]):

@@ -88,11 +88,11 @@ def test_inference(environment, tmp_path):
     environment,
     tmp_path,
     *("--what=infer", "--at_once", f"--xla_flags={flags}"),
-    "--skip=timm,xla,folded",
   )
   assert set(rows) == {
     ("matmul", "ours"),
     ("forward", "ours"),
+    ("forward", "folded"),
     ("forward", flags),
   }
   assert f"| ours, {flags} |" in result.stdout

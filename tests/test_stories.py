@@ -263,25 +263,27 @@ def test_a_workdir_in_use_is_refused(copy, nfnets_here):
   assert _snapshot(copy) == before
 
 
-def test_a_run_starts_from_weights(finished, environment, tmp_path):
-  """The warm-up begins with a rate of zero, which leaves them as they were."""
-  command = [
-    *(sys.executable, "-m", "nfnets.main", "train", f"--workdir={tmp_path}"),
+def test_a_run_starts_from_weights(finished, nfnets, tmp_path):
+  """A learning rate of zero leaves them as they were."""
+  weights = finished / "weights.safetensors"
+  result = nfnets(
+    "train",
+    f"--workdir={tmp_path}",
     *TINY_RUN,
-    f"--config.init_from={finished / 'weights.safetensors'}",
-    "--config.eval.every_epochs=0.01",
-  ]
-  record = tmp_path / "metrics.jsonl"
-  is_evaluated = lambda: record.exists() and "raw_loss" in record.read_text()
-  assert kill_when(is_evaluated, command, environment)
-  found, *_ = read_rows(tmp_path, "eval")
-  assert found["step"] == 1
+    f"--config.init_from={weights}",
+    "--config.train.steps=2",
+    "--config.optim.lr_per_256=0.0",
+    "--config.optim.warmup_steps=1",
+    "--config.optim.ema_decay=0.0",
+  )
+  _last_line(result)
+  assert f"{tmp_path} from {weights}" in result.stdout
+  assert "2 steps" in result.stdout
+  (found,) = read_rows(tmp_path, "eval")
   expected = read_rows(finished, "eval")[-1]
   for name in ("loss", "top1", "top5"):
+    assert found[f"ema_{name}"] == expected[f"ema_{name}"], name
     assert found[f"raw_{name}"] == expected[f"ema_{name}"], name
-    np.testing.assert_allclose(
-      found[f"ema_{name}"], expected[f"ema_{name}"], rtol=1e-5, err_msg=name
-    )
 
 
 def test_a_finished_run_started_again_says_so(finished, nfnets):
@@ -340,15 +342,10 @@ def test_a_run_goes_on_with_other_arrays(option, nfnets, environment, tmp_path):
     )
 
 
-def test_a_first_start_that_failed_does_not_bind_its_workdir(
-  environment, tmp_path
-):
+def test_a_first_start_that_failed_does_not_bind_its_workdir(nfnets, tmp_path):
   (tmp_path / "config.json").write_text("{}")
-  command = [sys.executable, "-m", "nfnets.main", "train", *TINY_RUN]
-  command += [f"--workdir={tmp_path}", "--config=configs/digits.py"]
-  assert kill_when(
-    (tmp_path / "checkpoints" / "7").is_dir, command, environment
-  )
+  options = [*TINY_RUN, "--config=configs/digits.py"]
+  _last_line(nfnets("train", f"--workdir={tmp_path}", *options))
 
 
 def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
@@ -455,6 +452,9 @@ def test_prediction_from_a_run_and_from_its_weights_agree(
     assert len(shared) >= 4  # Of five: the last may be nearly the sixth.
     for name in shared:
       assert found[name] == pytest.approx(expected[name], abs=0.02)
+    best, second = list(expected.values())[:2]
+    if best - second > 0.04:  # Else either may be the likeliest.
+      assert near["classes"][0]["name"] == exact["classes"][0]["name"]
   assert [os.path.basename(x["path"]) for x in outputs[0]] == [
     f"{digit}.png" for digit in range(10)
   ]
@@ -618,8 +618,10 @@ def test_a_command_starts_with_its_memory_settings_unless_told_otherwise(given):
   assert seen == f"{process.pid} {wanted} ['a b', '--c=1']"
 
 
-def test_help_is_complete(nfnets):
+def test_help_is_quick_and_complete(nfnets):
+  start = time.monotonic()
   text = nfnets("--help").stdout
+  assert time.monotonic() - start < 2
   for command in ("train", "evaluate", "predict", "info"):
     assert command in text
     assert f"usage: nfnets {command}" in nfnets(command, "--help").stdout
@@ -684,10 +686,12 @@ def test_wrong_usage(arguments, pattern, nfnets_here, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "pattern"),
   [
-    (["train", "--config.train.num_devices=9"], r"9 devices .* there are 8"),
     (
-      ["train", "--config.train.batch_size=9", "--config.train.accumulate=2"],
-      r"batch of 9 images does not divide .* such as 16",
+      [
+        *("train", "--config.train.batch_size=9"),
+        *("--config.train.accumulate=2", "--config.train.num_devices=1"),
+      ],
+      r"batch of 9 images does not divide .* such as 8 or 10",
     ),
     (["evaluate", "--workdir=absent"], r"absent does not exist \(no conf"),
     (["evaluate", "--workdir=~/absent"], r"^[^~]*/absent does not exist"),
@@ -707,6 +711,12 @@ def test_wrong_usage(arguments, pattern, nfnets_here, tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_done(arguments, pattern, nfnets_here, tmp_path):
   _fails(nfnets_here(*arguments, cwd=tmp_path), 1, pattern)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_that_are_not_there(nfnets, tmp_path):
+  result = nfnets("train", "--config.train.num_devices=3", cwd=tmp_path)
+  _fails(result, 1, r"3 devices .* there are 1")
   assert list(tmp_path.iterdir()) == []
 
 
