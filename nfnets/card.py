@@ -40,12 +40,22 @@ class Card(NamedTuple):
     return models.make(self.model, num_classes, **execution, **self.overrides)
 
   @classmethod
+  def from_json(cls, text: str | bytes, origin: str) -> "Card":
+    """From JSON; `origin` names the file in errors."""
+    try:
+      values = json.loads(text)
+    except ValueError as error:
+      raise InputError(f"{origin}: its card is no JSON ({error})") from None
+    return cls.from_dict(values, origin)
+
+  @classmethod
   def from_dict(cls, values: dict[str, Any], origin: str) -> "Card":
     """From parsed JSON; `origin` names the file in errors."""
     required = set(cls._fields) - set(cls._field_defaults)
-    if not required <= set(values) <= set(cls._fields):
+    known = set(values) if isinstance(values, dict) else set()
+    if not required <= known <= set(cls._fields):
       raise InputError(
-        f"{origin}: its card has {sorted(values)}, expected "
+        f"{origin}: its card has {sorted(known)}, expected "
         f"{sorted(cls._fields)}: it was written by another version"
       )
     return cls(**as_tuples(values))

@@ -50,9 +50,11 @@ def export(
   params, card = pretrained.load_with_known_card(source)
   card = card._replace(source=card.source or str(source))
   write(out, params, card)
-  text = out.with_name(f"{out.name}.md")
-  text.write_text(model_card(card, out, is_int8=is_int8), encoding="utf-8")
-  return [out, text]
+  page = out.with_name(f"{out.name}.md")
+  with unfinished(page) as partial:
+    text = model_card(card, out, is_int8=is_int8)
+    partial.write_text(text, encoding="utf-8")
+  return [out, page]
 
 
 def save_stablehlo(path: Path, params: Any, card: Card) -> None:

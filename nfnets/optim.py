@@ -57,11 +57,8 @@ def make_schedule(
 
   Step 0 has learning rate 0, as in the released code.
   """
-  cosine = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
-  if warmup_steps == 0:
-    return cosine
-  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-  return optax.join_schedules([warmup, cosine], [warmup_steps])
+  end = max(total_steps, warmup_steps + 1)
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, end)
 
 
 def make_optimizer(

@@ -1,5 +1,6 @@
-"""Figures of a run, made from its `metrics.jsonl`."""
+"""Pictures: curves of a run, confusions, images and what is said of them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,12 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
       axis.legend(frameon=False, fontsize=8, ncols=2 if axis is clipped else 1)
+  _save(figure, path, dpi=150)
+
+
+def _save(figure: Any, path: Path, *, dpi: int = 120) -> None:
   with unfinished(path) as partial:  # The one before stays until then.
-    figure.savefig(partial, dpi=150)
+    figure.savefig(partial, dpi=dpi)
 
 
 def shortened(name: str, length: int) -> str:
@@ -121,7 +126,29 @@ def save_confusion(
     side = max(4.0, 0.45 * len(names))
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
     _draw_table(figure, confusion, shares, names)
-  figure.savefig(path, dpi=120)
+  _save(figure, path)
+
+
+def save_grid(
+  pictures: list[np.ndarray],
+  captions: list[str],
+  path: Path,
+  *,
+  interpolation: str | None = None,
+) -> None:
+  """Draws uint8 images [H, W, 3], each with its caption above it."""
+  from matplotlib.figure import Figure
+
+  columns = math.ceil(math.sqrt(len(pictures)))
+  rows = math.ceil(len(pictures) / columns)
+  figure = Figure(figsize=(2.2 * columns, 2.5 * rows), layout="constrained")
+  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axis in axes:
+    axis.axis("off")
+  for axis, picture, caption in zip(axes, pictures, captions, strict=False):
+    axis.imshow(picture, interpolation=interpolation)
+    axis.set_title(caption, fontsize=8)
+  _save(figure, path)
 
 
 def _draw_table(

@@ -7,7 +7,6 @@ In a notebook:
       print(prediction)
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,21 +162,13 @@ _GRID_PIXELS = 400  # Of an image's longer side there.
 
 def save_grid(predictions: list[Prediction], path: Path) -> None:
   """Draws images with their likeliest class; at most `MOST_IN_GRID`."""
-  from matplotlib.figure import Figure
   from PIL import Image
 
-  shown = predictions[:MOST_IN_GRID]
-  columns = math.ceil(math.sqrt(len(shown)))
-  rows = math.ceil(len(shown) / columns)
-  figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
-  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-  for axis in axes:
-    axis.axis("off")
-  for axis, prediction in zip(axes, shown, strict=False):
+  pictures, captions = [], []
+  for prediction in predictions[:MOST_IN_GRID]:
     name, value = prediction.classes[0]
     picture = Image.fromarray(images.read(prediction.path))
     picture.thumbnail((_GRID_PIXELS, _GRID_PIXELS))
-    axis.imshow(picture)
-    name = plots.shortened(name, 30)
-    axis.set_title(f"{name}\n{value:.1%}", fontsize=8)
-  figure.savefig(path, dpi=120)
+    pictures.append(np.asarray(picture))
+    captions.append(f"{plots.shortened(name, 30)}\n{value:.1%}")
+  plots.save_grid(pictures, captions, path)

@@ -32,26 +32,24 @@ _CARD_KEY = "nfnets"
 _SCALE = ".scale"  # After the key of an int8 array: of its scales.
 
 
-def load(source: str | Path, *, is_average: bool = True) -> Params:
+def load(source: str | Path) -> Params:
   """Weights as a two-level dict of float32 arrays.
 
   Args:
     source: A published name (`dm_nfnet_f0` ... `dm_nfnet_f6`, see `downloads`),
-      which is downloaded once; or the workdir of a run; or a file: ours
+      which is downloaded once; or the workdir of a run, whose averaged weights
+      are meant; or a file: ours
       (`.safetensors`, plain `.npz`), the released `F*_haiku.npz`, which are
       pickles (`nfnets.pickles`), or timm's `.safetensors` (`nfnets.timm`). What
       a file is, is seen from its content.
-    is_average: Of a workdir, whether to take the averaged weights or the raw.
 
   Raises:
     InputError: when there is none, or it is damaged or of another kind.
   """
-  return load_with_card(source, is_average=is_average)[0]
+  return load_with_card(source)[0]
 
 
-def load_with_card(
-  source: str | Path, *, is_average: bool = True
-) -> tuple[Params, Card | None]:
+def load_with_card(source: str | Path) -> tuple[Params, Card | None]:
   """Weights and what they are; arguments and errors as of `load`.
 
   Files that say nothing about themselves are known by their shapes: with a
@@ -66,7 +64,7 @@ def load_with_card(
     return params, cards.for_imagenet(model, name)
   path = Path(local(name))
   if path.is_dir():
-    return _load_workdir(path, is_average=is_average)
+    return _load_workdir(path)
   if not path.exists() and not path.suffix and len(path.parts) == 1:
     raise unknown(
       "weights (no file or folder, and no published name)",
@@ -104,20 +102,18 @@ def load_with_known_card(source: str | Path) -> tuple[Params, Card]:
   return params, card
 
 
-def _load_workdir(
-  workdir: Path, *, is_average: bool
-) -> tuple[Params, Card | None]:
+def _load_workdir(workdir: Path) -> tuple[Params, Card]:
   workdir = cards.newest_round(workdir)
   card = cards.of_workdir(workdir)
   finished = workdir / "weights.safetensors"
-  if is_average and finished.is_file():
+  if finished.is_file():
     return load_file(finished)
   # Here, as it takes long and weights files do without.
   from nfnets import checkpoint
 
   model, mesh = card.make_model(), devices.make_small_mesh()
   found = checkpoint.load_weights(workdir, model, mesh)
-  return jax.device_get(found["ema_params" if is_average else "params"]), card
+  return jax.device_get(found["ema_params"]), card
 
 
 def step_of(path: Path) -> int | None:
@@ -169,7 +165,7 @@ def load_file(
     module, _, name = key.rpartition("/")
     params.setdefault(module, {})[name] = value.astype(np.float32, copy=False)
   if text is not None:
-    card = Card.from_dict(json.loads(text), str(path))
+    card = Card.from_json(text, str(path))
     check(params, card.make_model(), str(path))
     return params, card
   try:
@@ -366,12 +362,14 @@ def _read_npz(path: Path):
   try:
     with np.load(path, allow_pickle=False) as file:
       flat = {key: file[key] for key in file.files}
-  except (ValueError, EOFError, zipfile.BadZipFile, AttributeError):
+    if {np.asarray(value).dtype.kind for value in flat.values()} - set("fiu"):
+      raise ValueError  # Of other files in a zip this is "S", bytes.
+  except (ValueError, EOFError, zipfile.BadZipFile):
     raise InputError(
-      f"{path} is damaged or no npz file of plain arrays"
+      f"{path} is damaged or no npz file of plain arrays of numbers"
     ) from None
   card = flat.pop(_CARD_KEY, None)
-  return flat, None if card is None else card.tobytes().decode()
+  return flat, None if card is None else card.tobytes()
 
 
 def transfer(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from nfnets import card as cards
-from nfnets import models, optim, pretrained
+from nfnets import models, optim, pretrained, steps
 from nfnets.augment import Augment, Normalization, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
@@ -397,6 +397,7 @@ def _check_values(config: ConfigDict) -> None:
   for key, values in (
     ("augment.partners", PARTNERS),
     ("data.eval_crop", images.EVAL_CROPS),
+    ("train.precision", steps.PRECISIONS),
   ):
     if flat[key] is not None and flat[key] not in values:
       raise unknown(key, flat[key], values)

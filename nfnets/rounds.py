@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from nfnets import card as cards
 from nfnets import devices, evaluate, pretrained, recipe, steps
-from nfnets.errors import InputError, local
+from nfnets.errors import InputError, local, unfinished
 
 # Of classes that a round did not know: none is ever recognised.
 _NEVER = -1e9
@@ -65,10 +65,11 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   newest = cards.newest_round(workdir)
   if cards.has_weights(newest):
     config.init_from = str(newest)
-  print(
-    f"the images are others than those of {last.name} ({found}): another round "
-    f"starts from {config.init_from}"
-  )
+  if devices.is_first_host():
+    print(
+      f"the images are others than those of {last.name} ({found}): another "
+      f"round starts from {config.init_from}"
+    )
   return config, workdir / f"round_{int(last.name[6:]) + 1:03}"
 
 
@@ -80,17 +81,17 @@ def _place(weights: str | None) -> str | None:
   return str(path.resolve()) if path.exists() else weights
 
 
-def report(config: ConfigDict, folder: Path) -> None:
+def report(r: recipe.Recipe, folder: Path) -> None:
   """Prints and writes what a round did to classes that were known and new.
 
   `growth.json` has the same numbers: of each group of classes how many held-out
   images there are, and top-1 before and after the round (shares).
   """
-  if config.init_from is None:
+  init_from = r.config.init_from
+  if init_from is None:
     return
   devices.wait_for_hosts("weights")  # One has written them.
-  old, card = pretrained.load_with_card(config.init_from)
-  r = recipe.resolve(config)
+  old, card = pretrained.load_with_card(init_from)
   names = r.card.class_names
   if card is None or not set(card.class_names) & set(names):
     return  # A classifier that has nothing in common.
@@ -106,7 +107,7 @@ def report(config: ConfigDict, folder: Path) -> None:
     r.model,
     old_names=card.class_names,
     new_names=names,
-    origin=config.init_from,
+    origin=init_from,
   )
   before[f"{r.model.plan.name}/~/linear"]["b"][~is_known] = _NEVER
 
@@ -129,7 +130,8 @@ def report(config: ConfigDict, folder: Path) -> None:
   rows = compare(tables, is_known)
   if not devices.is_first_host():
     return
-  (folder / "growth.json").write_text(json.dumps(rows, indent=2) + "\n")
+  with unfinished(folder / "growth.json") as partial:
+    partial.write_text(json.dumps(rows, indent=2) + "\n")
   print(f"held-out images       number  {'before':>8}  {folder.name:>9}")
   for group, row in rows.items():
     print(

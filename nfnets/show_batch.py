@@ -1,6 +1,5 @@
 """The story of looking before training: a picture of an augmented batch."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -13,18 +12,15 @@ from nfnets.augment import Augmented
 from nfnets.data import batches
 
 
-def show_batch(
-  config: ConfigDict, path: Path, *, num_images: int = 16, step: int = 0
-) -> None:
-  """Draws the first images that a step would train on, with their labels.
+def show_batch(config: ConfigDict, path: Path, *, num_images: int = 16) -> None:
+  """Draws the first images that a run would train on, with their labels.
 
-  Partners of `roll` are those of a step with these images alone.
+  Partners of `roll` are those of a batch of these images alone.
 
   Args:
     config: Of the run.
     path: Of the picture, `.png` or whatever Matplotlib writes.
     num_images: How many to draw.
-    step: Which step's random choices to make.
 
   Raises:
     InputError: see `recipe.resolve`.
@@ -34,34 +30,22 @@ def show_batch(
     r.source.train,
     batch_size=num_images,
     seed=config.seed,
-    position=step * config.train.batch_size,
     with_partners=r.needs_partners,
   )
   # The keys of the step itself: see `steps.make_train_step`.
-  key = jax.random.fold_in(jax.random.key(config.seed), step)
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
   augment_key, _ = jax.random.split(key)
   augment = jax.jit(r.make_augment())
   drawn = jax.device_get(
     augment(augment_key, jnp.arange(num_images), next(stream))
   )
-  _save(drawn, r.source.class_names, path)
-
-
-def _save(drawn: Augmented, names: tuple[str, ...], path: Path) -> None:
-  from matplotlib.figure import Figure
-
-  num = len(drawn.labels)
-  columns = math.ceil(math.sqrt(num))
-  rows = math.ceil(num / columns)
-  figure = Figure(figsize=(2.2 * columns, 2.5 * rows), layout="constrained")
-  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-  for axis in axes:
-    axis.axis("off")
-  for i, axis in zip(range(num), axes, strict=False):
-    image = np.clip(np.round(drawn.images[i]), 0, 255).astype(np.uint8)
-    axis.imshow(image, interpolation="nearest")
-    axis.set_title(_caption(drawn, i, names), fontsize=8)
-  figure.savefig(path, dpi=120)
+  names = r.source.class_names
+  plots.save_grid(
+    list(np.clip(np.round(drawn.images), 0, 255).astype(np.uint8)),
+    [_caption(drawn, i, names) for i in range(num_images)],
+    path,
+    interpolation="nearest",  # Single pixels are seen.
+  )
 
 
 def _caption(drawn: Augmented, i: int, names: tuple[str, ...]) -> str:

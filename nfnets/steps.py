@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from nfnets import agc, devices, losses, models, optim, sam
 from nfnets.augment import Augment, Augmented, Normalization, make_augment
 from nfnets.data.batch import Batch
-from nfnets.errors import InputError
+from nfnets.errors import unknown
 from nfnets.models import Model
 
 Metrics = dict[str, jax.Array]
@@ -41,9 +41,7 @@ class TrainState(NamedTuple):
 def compute_dtype(precision: str) -> Any:
   """The dtype of activations for `float32` or `bfloat16`."""
   if precision not in PRECISIONS:
-    raise InputError(
-      f"precision={precision!r}: use one of {', '.join(PRECISIONS)}"
-    )
+    raise unknown("precision", precision, PRECISIONS)
   return PRECISIONS[precision]
 
 

@@ -73,15 +73,16 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
           f"{workdir} holds {found[-1].name} of images that are added to: "
           "choose another --workdir for a run without rounds"
         )
-      return _train(config, Path(workdir), stop)
+      return _train(recipe.resolve(config), Path(workdir), stop)
     config, folder = rounds.choose(config, Path(workdir))
-    result = _train(config, folder, stop)
-    rounds.report(config, folder)
+    # Once: the folder may have more images, and classes, when the round ends.
+    r = recipe.resolve(config)
+    result = _train(r, folder, stop)
+    rounds.report(r, folder)
     return result
 
 
-def _train(config: ConfigDict, workdir: Path, stop: "_Stop") -> evaluate.Result:
-  r = recipe.resolve(config)
+def _train(r: recipe.Recipe, workdir: Path, stop: "_Stop") -> evaluate.Result:
   config = r.config
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size

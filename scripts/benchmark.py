@@ -84,11 +84,7 @@ class Benchmark:
     self.is_saved = False
     columns = {"depth": tuple(args.depth)} if args.depth else {}
     try:
-      # Which form is not asked for: that would open the device here, and on a
-      # TPU no worker could.
-      self.models = [
-        models.make(name, is_packed=False, **columns) for name in args.model
-      ]
+      self.models = [models.make(name, **columns) for name in args.model]
     except InputError as error:
       raise FailedError(str(error)) from None
     try:

@@ -29,9 +29,7 @@ if [ -z "${as_found-}" ] && python=$(find_python 2>/dev/null); then
   PYTHONPATH=$root/scripts "$python" -B -c "
 import sys, benchmark_options
 benchmark_options.parse(sys.argv[1:])" "$@" || exit
-  for argument in "$@"; do
-    case $argument in --help | -h) exit ;; esac
-  done
+  ! asks_for_help "$@" || exit 0
 fi
 if [ -z "${as_found-}" ] && (build_environment); then
   python=$venv/bin/python

@@ -4,7 +4,7 @@
 # gets an environment of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ " $* " != *" --help "* ]]; then  # Which the package alone can print.
+if ! asks_for_help "$@"; then
   venv=$root/.venv-tensorflow extras=${NFNETS_EXTRAS:+,${NFNETS_EXTRAS#[}}
   NFNETS_EXTRAS=[tensorflow${extras:-]}  # Also those given, such as [cuda].
 fi

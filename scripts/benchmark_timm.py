@@ -142,7 +142,7 @@ def _make_model(job: Job) -> torch.nn.Module:
   from nfnets import timm as names
 
   columns = {"depth": job.depth} if job.depth else {}
-  ours = models.make(job.model, is_packed=False, **columns)
+  ours = models.make(job.model, **columns)
   name = names.name_of(ours)
   if name is None or not timm.is_model(name):
     raise ValueError(f"timm has no network like {job.model}")

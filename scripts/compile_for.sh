@@ -3,7 +3,7 @@
 # compiler plans; with an environment of its own, built if need be. --help tells.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ " $* " != *" --help "* ]]; then  # Which the package alone can print.
+if ! asks_for_help "$@"; then
   venv=$root/.venv-compilers NFNETS_EXTRAS=[compilers]
 fi
 build_environment

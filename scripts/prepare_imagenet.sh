@@ -3,7 +3,7 @@
 # --help`. Only this needs TensorFlow, which gets an environment of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ " $* " != *" --help "* ]]; then  # Which the package alone can print.
+if ! asks_for_help "$@"; then
   venv=$root/.venv-tensorflow NFNETS_EXTRAS=[tensorflow]
 fi
 build_environment

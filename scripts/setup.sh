@@ -13,6 +13,11 @@ fail() {
   exit 1
 }
 
+# Whether arguments ask for help, which the package alone can print.
+asks_for_help() {
+  [[ " $* " =~ " "(--help|-h)" " ]]
+}
+
 # Whether a command is a Python that can run this project and build an
 # environment; some are stubs that only print an error.
 is_usable() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the environment if need be, then checks format and lint and runs all
+# Builds the environment if need be, then checks format and lint and runs the
 # tests. Arguments go to pytest: `scripts/test.sh -k agc`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

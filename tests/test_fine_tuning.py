@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from configs import base, finetune
 from nfnets import card as cards
-from nfnets import models, pretrained, recipe, rounds
+from nfnets import models, pretrained, recipe, rounds, train
 from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
@@ -341,11 +341,27 @@ def test_images_that_change_within_a_run_are_refused(
   assert re.search(r"another run \(images: .*classes.* -> ", result.stderr)
 
 
-def test_frozen_parts_keep_their_weights(start, nfnets, tmp_path):
+def test_frozen_parts_keep_their_weights(
+  start, nfnets_here, tmp_path, monkeypatch
+):
+  """And a class that arrives while a round trains leaves it as it is."""
   photos, workdir = tmp_path / "photos", tmp_path / "run"
-  _write_digits(photos, (5, 6), slice(0, 40))
-  command = _fine_tune(start, photos, workdir, "--config.train.epochs=2")
-  _train(nfnets, *command, "--config.optim.frozen=stem,stage1")
+  _write_digits(photos, (4, 5), slice(0, 40))
+  train_round = train._train
+
+  def train_while_images_arrive(*args):
+    result = train_round(*args)
+    _write_digits(photos, (6,), slice(0, 40))
+    return result
+
+  monkeypatch.setattr(train, "_train", train_while_images_arrive)
+  options = ["--config.train.epochs=2", "--config.optim.frozen=stem,stage1"]
+  command = _fine_tune(start, photos, workdir, *options)
+  result = nfnets_here("train", *command, "--config.train.num_devices=1")
+  assert result.returncode == 0, result.stderr
+  assert re.search(r"all classes +\d+ +\S+% +\S+%", result.stdout)
+  grown = json.loads((workdir / "round_001" / "growth.json").read_text())
+  assert grown["all classes"]["classes"] == 2
   before, after = pretrained.load(start), pretrained.load(workdir)
   _, card = pretrained.load_with_card(workdir)
   stage_of = card.make_model().stage_of

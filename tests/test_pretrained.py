@@ -1,6 +1,7 @@
 """Weights in files: round trips, and files that are something else."""
 
 import pickle
+import zipfile
 
 import jax
 import numpy as np
@@ -113,8 +114,23 @@ def test_other_files(tmp_path):
   (tmp_path / "text.npz").write_text("not weights")
   with pytest.raises(InputError, match=r"no weights file: it begins with"):
     pretrained.load(tmp_path / "text.npz")
+  with zipfile.ZipFile(tmp_path / "photos.npz", "w") as file:
+    file.writestr("a.jpg", b"no array")
+  np.savez(tmp_path / "words.npz", **{"NFNet/~/x/w": np.array(["a", "b"])})
+  for name in ("photos.npz", "words.npz"):
+    with pytest.raises(InputError, match=rf"{name} is damaged or no npz file"):
+      pretrained.load(tmp_path / name)
   with pytest.raises(InputError, match=r"saved as .safetensors or .npz"):
     pretrained.save(tmp_path / "weights.bin", {})
+
+
+@pytest.mark.parametrize("text", [b'{"model": ', b"\xff", b"3"])
+def test_damaged_cards(tmp_path, params, text):
+  path = tmp_path / "weights.npz"
+  card = np.frombuffer(text, np.uint8)
+  np.savez(path, nfnets=card, **pretrained._flatten(params))
+  with pytest.raises(InputError, match=r"npz: its card (is no|has \[\])"):
+    pretrained.load(path)
 
 
 def test_a_file_is_known_by_its_content(tmp_path, params):

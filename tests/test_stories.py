@@ -649,6 +649,7 @@ def test_help_is_quick_and_complete(nfnets):
       ["train", "--config.augment.randaugment_magnitude=31"],
       r"randaugment_magnitude=31: must be 0 to 30",
     ),
+    (["train", "--config.train.precision=fp16"], r"precision 'fp16': .* bfl"),
     (
       ["train", "--config.augment.randaugment_layers=2"],
       r"layers=2: no magnitude was published for nfnet_tiny; give --config",

@@ -87,7 +87,14 @@ class Model(NamedTuple):
   @property
   def has_own_arrays(self) -> bool:
     """Whether it trains with others than the published (`stack`)."""
-    return self.execution.is_scanned or self.execution.is_packed
+    return self.execution.is_scanned or self.is_packed
+
+  @property
+  def is_packed(self) -> bool:
+    """Whether `stack` packs; where that is open, this opens the device."""
+    if self.execution.is_scanned or self.execution.is_packed is not None:
+      return bool(self.execution.is_packed) and not self.execution.is_scanned
+    return jax.default_backend() == "gpu"
 
   def stack(self, tree: Any) -> Any:
     """Parameters in the arrays that the network trains fastest with.
@@ -121,7 +128,7 @@ class Model(NamedTuple):
     Returns:
       What `apply` takes in place of parameters.
     """
-    return packed.turn(params, dtype) if self.execution.is_packed else params
+    return packed.turn(params, dtype) if self.is_packed else params
 
   def unpack(self, params: hk.Params) -> hk.Params:
     """Of parameters, packed or not; a function that has a gradient."""
@@ -270,10 +277,12 @@ def make(
     raise unknown("form of convolution", convolution, FORMS)
   if remat not in REMATS:
     raise unknown("remat", remat, REMATS)
-  if is_packed is None:
-    is_packed = jax.default_backend() == "gpu"
   execution = Execution(
-    is_folded, convolution, remat, is_scanned, is_packed and not is_scanned
+    is_folded=is_folded,
+    convolution=convolution,
+    remat=remat,
+    is_scanned=is_scanned,
+    is_packed=is_packed,
   )
   return _make(name, row, num_classes, execution)
 

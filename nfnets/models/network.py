@@ -29,8 +29,8 @@ class Execution(NamedTuple):
   remat: str = "none"  # Of REMATS.
   # Equal blocks are one loop, compiled once, rather than one after the other.
   is_scanned: bool = False
-  # In training, parameters are in fewer arrays (`models.packed`).
-  is_packed: bool = False
+  # Trained in fewer arrays (`models.packed`); None: where the device is a GPU.
+  is_packed: bool | None = None
 
 
 def _make_conv(conv: Conv, plan: Plan, execution: Execution) -> layers.WSConv2D:
