@@ -95,8 +95,9 @@ def get_config() -> ConfigDict:
   # or all but the inputs of "blocks" or "stages".
   config.train.remat = "none"
   # Whether equal blocks are compiled once, as a loop: deep networks compile
-  # faster and run slower (on a CPU F7's gradient compiles twice as fast, but
-  # takes more memory, F0's a quarter longer: experiments/speed.md).
+  # faster and run slower. On a CPU F7's gradient compiles in half the time and
+  # takes more memory; F0's compiles and runs a quarter slower
+  # (experiments/speed.md).
   config.train.scan = False
   # Train with parameters in fewer arrays; None: on GPUs. Checkpoints and
   # weights are the same.

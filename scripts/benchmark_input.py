@@ -3,7 +3,7 @@
 Started by benchmark_input.sh. Each row runs in a process of its own, all rows
 in turn, several rounds; the table gives medians over the rounds. The images are
 scikit-learn's two photographs, cropped at random and saved as JPEGs of
-ImageNet's average size (500 x 375 pixels, about 110 KB).
+ImageNet's average size (500 x 375 pixels, about 94 KB here).
 
 `finished` counts images as the step gets them: with partners, two were decoded.
 """

@@ -372,7 +372,8 @@ def save_figure(data: dict, path: Path) -> None:
   names = [name for name in ("jax", "torch", "timm") if name in versions]
   device += "; " + ", ".join(f"{name} {versions[name]}" for name in names)
   figure.suptitle(device, x=0.01, ha="left", fontsize=10, color="#444444")
-  figure.savefig(path, dpi=150)
+  with unfinished(path) as partial:
+    figure.savefig(partial, dpi=150)
 
 
 def _color(contestant: str) -> str:
