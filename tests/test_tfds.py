@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -37,6 +38,7 @@ class Insects(tfds.core.GeneratorBasedBuilder):
   """Noise in TFDS's ImageNet layout: JPEGs with a label, train, validation."""
 
   VERSION = tfds.core.Version("1.0.0")
+  NUM_TEST = 10
 
   def _info(self):
     features = {
@@ -52,13 +54,19 @@ class Insects(tfds.core.GeneratorBasedBuilder):
     del dl_manager
     return {
       "train": self._generate_examples(0, 40),
-      "validation": self._generate_examples(100, 10),
+      "validation": self._generate_examples(100, self.NUM_TEST),
     }
 
   def _generate_examples(self, start, num):
     for i in range(start, start + num):
       image = io.BytesIO(_jpeg(i))
       yield i, {"file_name": f"{i}.jpg", "image": image, "label": i % 3}
+
+
+class Moths(Insects):
+  """As many to test as to train on, for as many shards."""
+
+  NUM_TEST = 40
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +141,34 @@ def test_files_that_are_missing_or_damaged(data_dir, tmp_path):
     InputError, match=f"lacks 1 of its files, as {shard.name}"
   ):
     _load(tmp_path)
+
+
+@pytest.mark.parametrize("hard", [1024, 200])
+def test_more_files_than_a_shell_lets_a_process_open(hard, tmp_path):
+  """Each of 80 shards stays open; shells allow 1,024, ImageNet has more."""
+  builder = Moths(data_dir=str(tmp_path), file_format="array_record")
+  shards = tfds.download.DownloadConfig(num_shards=40)
+  builder.download_and_prepare(download_config=shards)
+  code = f"""
+import resource
+import numpy as np
+from nfnets.data import sources
+from nfnets.data.source import Sizes
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
+source = sources.load(
+  "tfds", directory={str(tmp_path)!r}, tfds_name="moths",
+  sizes=Sizes(train=24, test=32, test_margin=8),
+)
+for split in (source.train, source.test):
+  print(split.read(np.arange(split.num_examples), None).is_good.sum())"""
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  if hard == 1024:
+    assert result.stdout.split() == ["40", "40"], result.stderr
+  else:
+    message = r"has 80 files, .* may open 200 \(`ulimit -n`\): 336 are needed"
+    assert re.search(message, result.stderr), result.stderr
 
 
 def test_a_tfrecord_set_gets_the_name_of_the_converter(data_dir, tmp_path):

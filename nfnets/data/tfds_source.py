@@ -4,6 +4,7 @@ Read through `tfds` data sources, which need the set prepared as `array_record`
 (random access); `scripts/prepare_imagenet.sh` makes such a set or converts one.
 """
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from nfnets.errors import InputError, unknown
 
 # Of the training examples, the first so many are the paper's validation split.
 _NUM_VALID = 10_000
+
+# Files that a process may have open beside the shards of its data.
+_OTHER_FILES = 256
 
 SPLITS = ("train", "train_and_valid", "valid", "test")
 
@@ -78,6 +82,27 @@ def missing_shards(builder: Any) -> list[Path]:
   return [path for path, _ in shards(builder) if not path.is_file()]
 
 
+def _allow_open_files(builder: Any) -> None:
+  """Lets this process have all shards open, as array_record does.
+
+  Raises:
+    InputError: when the system allows too few.
+  """
+  num_shards = len(shards(builder))
+  needed = num_shards + _OTHER_FILES
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  has_limit = hard != resource.RLIM_INFINITY
+  if has_limit and hard < needed:
+    raise InputError(
+      f"{builder.data_dir} has {num_shards:,} files, which stay open, and this "
+      f"process may open {hard:,} (`ulimit -n`): {needed:,} are needed; raise "
+      "the hard limit, which the system's administrator can"
+    )
+  if soft != resource.RLIM_INFINITY and soft < needed:
+    most = hard if has_limit else needed
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def keys(builder: Any) -> tuple[str, str]:
   """Names of the image and of the label in its examples.
 
@@ -138,11 +163,15 @@ def open_split(
   It returns the image file, the label and a name for errors, and raises
   InputError for an example that is damaged, OSError for a file that cannot be
   read.
+
+  Raises:
+    InputError: when too few files may be open.
   """
   import tensorflow_datasets as tfds
   from google.protobuf import message
   from tensorflow_datasets.proto import tf_example_pb2
 
+  _allow_open_files(builder)
   # Parsed here: TFDS's own decoding takes 180 us per example, this 45.
   records = builder.as_data_source(
     split=slice_of(builder, split),
