@@ -1,9 +1,11 @@
 """Data: order, position, sharding, padding, image files, preprocessing."""
 
+import io
 import os
 import pathlib
 import re
 import sys
+import threading
 import time
 
 import jax
@@ -606,6 +608,41 @@ def test_crops_do_not_depend_on_the_number_of_hosts(tmp_path):
   whole = next(make()).images.copy()
   halves = [next(make(host=h, num_hosts=2)).images.copy() for h in (0, 1)]
   np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+
+def test_few_images_keep_all_threads_busy():
+  """As a host of many has them: each thread waits here for all the others."""
+  together = threading.Barrier(8)
+  file = io.BytesIO()
+  Image.new("RGB", (30, 20)).save(file, "PNG")
+
+  def fetch(index):
+    together.wait(timeout=20)
+    return file.getvalue(), index, ""
+
+  split = encoded.make_split(
+    16,
+    fetch,
+    sizes=SIZES,
+    pool=encoded.make_pool(8),
+    broken=encoded.Broken(0),
+  )
+  assert split.read(np.arange(16), None).labels.tolist() == list(range(16))
+
+
+def test_the_number_of_threads_changes_no_image(tmp_path):
+  """Nor the sizes of the parts that they get."""
+  _make_folder(tmp_path / "train", ("a", "b"), 20)
+  draws = np.random.default_rng(0).random((32, *crops.DRAWS))
+  one, *others = (
+    sources.load(
+      "folder", sizes=SIZES, directory=str(tmp_path), num_threads=num_threads
+    ).train.read(np.arange(32), draws)
+    for num_threads in (1, 3, 8)
+  )
+  for other in others:
+    np.testing.assert_array_equal(other.images, one.images)
+    np.testing.assert_array_equal(other.labels, one.labels)
 
 
 def _resident_bytes():
