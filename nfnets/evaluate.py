@@ -1,7 +1,6 @@
 """The story of an evaluation: every example exactly once."""
 
 import csv
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,53 +36,65 @@ class Result(NamedTuple):
 
 def over_split(
   eval_step: Any,
-  params: Any,
-  state: Any,
+  weights: dict[str, tuple[Any, Any]],
   split: Split,
   *,
   batch_size: int,
   mesh: Mesh,
-  tell: Callable[[int, int], None] = lambda *_: None,
-) -> Result:
-  """Evaluates weights that are on the devices already.
+  tell: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Result]:
+  """Evaluates weights that are on the devices already, each batch read once.
 
   Args:
     eval_step: From `steps.make_eval_step`.
-    params, state: The network's.
+    weights: By kind, the network's parameters and state.
     split: What to evaluate on.
     batch_size: Over all devices, at most; rounded up to a multiple of their
       number.
     mesh: The devices.
-    tell: Is given after each batch how many examples are done, and how many
-      there are.
+    tell: Is given after each batch which weights are evaluated, how many
+      examples are done, and how many there are.
+
+  Returns:
+    Results by kind.
   """
   batch_size = min(batch_size, split.num_examples)
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  total: dict[str, Any] = {}
+  totals: dict[str, dict[str, Any]] = {kind: {} for kind in weights}
   pending = None
-  for batch in batches.eval_batches(
+  stream = batches.eval_batches(
     split,
     batch_size=batch_size,
     host=jax.process_index(),
     num_hosts=jax.process_count(),
-  ):
-    sums = eval_step(params, state, devices.shard_batch(batch, mesh))
-    if pending is not None:  # One step ahead of the one that is read.
-      _add(total, pending)
-      tell(round(float(total["count"])), split.num_examples)
-    pending = sums
-  _add(total, pending)
+  )
+  with batches.ReadAhead(stream, depth=1) as ahead:
+    for batch in ahead:
+      batch = devices.shard_batch(batch, mesh)
+      for kind, (params, state) in weights.items():
+        sums = eval_step(params, state, batch)
+        if pending is not None:  # One step ahead of the one that is read.
+          done = _add(totals[pending[0]], pending[1])
+          tell(pending[0], done, split.num_examples)
+        pending = kind, sums
+  _add(totals[pending[0]], pending[1])
+  return {kind: _as_means(total) for kind, total in totals.items()}
+
+
+def _add(total: dict[str, Any], sums: Any) -> int:
+  """Adds the sums of a batch; returns how many examples are done."""
+  for name, value in jax.device_get(sums).items():
+    total[name] = total.get(name, 0.0) + np.float64(value)
+  return round(float(total["count"]))
+
+
+def _as_means(total: dict[str, Any]) -> Result:
   count, confusion = total.pop("count"), total.pop("confusion", None)
   return Result(
     **{name: float(value / count) for name, value in total.items()},
     num_examples=round(float(count)),
     confusion=None if confusion is None else np.rint(confusion).astype(int),
   )
-
-
-def _add(total: dict[str, Any], sums: Any) -> None:
-  for name, value in jax.device_get(sums).items():
-    total[name] = total.get(name, 0.0) + np.float64(value)
 
 
 def evaluate(
@@ -142,30 +153,27 @@ def evaluate(
     with_confusion=details is not None,
   )
 
-  def run(kind, params, state):
-    return over_split(
-      eval_step,
-      params,
-      state,
-      r.source.test,
-      batch_size=config.eval.batch_size,
-      mesh=mesh,
-      tell=functools.partial(tell, kind),
-    )
-
   if weights is not None:
     pretrained.check(params, r.model, str(weights))
-    results = {"weights": run("weights", devices.replicate(params, mesh), {})}
+    by_kind = {"weights": (devices.replicate(params, mesh), {})}
   else:
     found = checkpoint.load_weights(workdir, r.model, mesh)
-    results = {
-      "raw": run("raw", found["params"], found["state"]),
-      "ema": run("ema", found["ema_params"], found["ema_state"]),
+    by_kind = {
+      "raw": (found["params"], found["state"]),
+      "ema": (found["ema_params"], found["ema_state"]),
     }
     best = workdir / "weights.safetensors"
     if config.train.patience is not None and best.is_file():
       params, _ = pretrained.load_file(best)
-      results["best"] = run("best", devices.replicate(params, mesh), {})
+      by_kind["best"] = (devices.replicate(params, mesh), {})
+  results = over_split(
+    eval_step,
+    by_kind,
+    r.source.test,
+    batch_size=config.eval.batch_size,
+    mesh=mesh,
+    tell=tell,
+  )
   if details is not None and devices.is_first_host():
     *_, last = results.values()
     save_details(details, last, r.card.class_names)

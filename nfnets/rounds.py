@@ -116,17 +116,17 @@ def report(r: recipe.Recipe, folder: Path) -> None:
     r.model, mesh, normalization=r.normalization, with_confusion=True
   )
 
-  def confusion(params: Any) -> np.ndarray:
-    return evaluate.over_split(
-      eval_step,
-      devices.replicate(params, mesh),
-      {},
-      r.source.test,
-      batch_size=r.config.eval.batch_size,
-      mesh=mesh,
-    ).confusion
-
-  tables = {"before": confusion(before), "after": confusion(new)}
+  results = evaluate.over_split(
+    eval_step,
+    {
+      "before": (devices.replicate(before, mesh), {}),
+      "after": (devices.replicate(new, mesh), {}),
+    },
+    r.source.test,
+    batch_size=r.config.eval.batch_size,
+    mesh=mesh,
+  )
+  tables = {when: result.confusion for when, result in results.items()}
   rows = compare(tables, is_known)
   if not devices.is_first_host():
     return

@@ -415,21 +415,17 @@ def _evaluate(
   log: metrics.Log | None,
 ) -> evaluate.Result:
   """Raw and averaged weights on the test split; returns the latter's result."""
-  raw, ema = (
-    evaluate.over_split(
-      eval_step,
-      params,
-      net_state,
-      r.source.test,
-      batch_size=r.config.eval.batch_size,
-      mesh=mesh,
-      tell=functools.partial(bar.evaluating, kind),
-    )
-    for kind, params, net_state in (
-      ("raw", state.params, state.state),
-      ("EMA", state.ema_params, state.ema_state),
-    )
-  )
+  raw, ema = evaluate.over_split(
+    eval_step,
+    {
+      "raw": (state.params, state.state),
+      "EMA": (state.ema_params, state.ema_state),
+    },
+    r.source.test,
+    batch_size=r.config.eval.batch_size,
+    mesh=mesh,
+    tell=bar.evaluating,
+  ).values()
   step = int(state.step)
   if log is not None:
     values = _as_row(step, "raw", raw) | _as_row(step, "ema", ema)

@@ -281,6 +281,13 @@ def test_reading_ahead_changes_neither_order_nor_position():
       assert ahead.position == plain.position
 
 
+def test_reading_ahead_ends_where_the_batches_do():
+  make = lambda: batches.eval_batches(_numbered(10), batch_size=4)
+  with batches.ReadAhead(make(), depth=1) as ahead:
+    found = [batch.labels.tolist() for batch in ahead]
+  assert found == [batch.labels.tolist() for batch in make()]
+
+
 def test_reading_ahead_raises_what_its_thread_raised():
   none = batches.TrainBatches(_numbered(2, bad=(0, 1)), batch_size=2, seed=0)
   with (

@@ -366,29 +366,38 @@ def test_evaluation_ignores_padding(num_devices):
 def test_every_example_counts_once_on_any_number_of_devices():
   """Of 13 in batches of 5, which eight devices cannot share."""
   (batch,) = _batches(0, 1, 13)
-  read = lambda indices, _: Examples(
-    batch.images[indices], batch.labels[indices], np.ones(len(indices), bool)
-  )
-  results = []
-  for num_devices in (1, 8):
+  starts, results = [], []
+
+  def read(indices, _):
+    starts.append(int(indices[0]))
+    good = np.ones(len(indices), bool)
+    return Examples(batch.images[indices], batch.labels[indices], good)
+
+  drawn = draw_params(param_shapes(ONE_BLOCK))
+  weights = {"a": drawn, "b": jax.tree.map(lambda x: 0.5 * x, drawn)}
+
+  def evaluate_on(num_devices, *kinds):
     mesh = devices.make_mesh(num_devices)
-    eval_step = steps.make_eval_step(
-      ONE_BLOCK, mesh, normalization=IDENTITY, with_confusion=True
-    )
-    params = devices.replicate(draw_params(param_shapes(ONE_BLOCK)), mesh)
     told = []
-    results.append(
-      evaluate.over_split(
-        eval_step,
-        params,
-        {},
-        Split(13, read),
-        batch_size=5,
-        mesh=mesh,
-        tell=lambda *numbers, told=told: told.append(numbers),
-      )
+    starts.clear()
+    found = evaluate.over_split(
+      steps.make_eval_step(
+        ONE_BLOCK, mesh, normalization=IDENTITY, with_confusion=True
+      ),
+      {kind: (devices.replicate(weights[kind], mesh), {}) for kind in kinds},
+      Split(13, read),
+      batch_size=5,
+      mesh=mesh,
+      tell=lambda *numbers: told.append(numbers),
     )
-    assert told == {1: [(5, 13), (10, 13)], 8: [(8, 13)]}[num_devices]
+    assert list(found) == list(kinds)
+    return found, told
+
+  for num_devices in (1, 8):
+    found, told = evaluate_on(num_devices, "a")
+    ends = {1: [5, 10], 8: [8]}[num_devices]
+    assert told == [("a", end, 13) for end in ends]
+    results.append(found["a"])
   one, eight = results
   assert one.num_examples == eight.num_examples == 13
   np.testing.assert_array_equal(one.confusion, eight.confusion)
@@ -397,6 +406,15 @@ def test_every_example_counts_once_on_any_number_of_devices():
     == np.bincount(batch.labels, minlength=10).tolist()
   )
   np.testing.assert_allclose(one[:3], eight[:3], rtol=1e-5)
+
+  # Of several weights each has the numbers that it has alone.
+  both, _ = evaluate_on(1, "a", "b")
+  assert starts == [0, 5, 10]  # Each batch was read once.
+  alone, _ = evaluate_on(1, "b")
+  for found, expected in ((both["a"], one), (both["b"], alone["b"])):
+    assert found[:4] == expected[:4]
+    np.testing.assert_array_equal(found.confusion, expected.confusion)
+  assert both["a"].loss != both["b"].loss
 
 
 def test_a_checkpoint_of_another_structure_is_not_called_damaged(tmp_path):

@@ -135,14 +135,15 @@ def eval_batches(
 class ReadAhead:
   """Prepares batches in a thread while the devices work; a context manager.
 
-  Errors of the thread are raised by the next `next`.
+  Errors of the thread are raised by the next `next`, the end of the batches
+  too.
 
   Attributes:
-    position: Of the batches that were taken, not of those read ahead.
+    position: Of the training batches that were taken, not of those read ahead.
   """
 
-  def __init__(self, batches: TrainBatches, *, depth: int = 2):
-    self.position = batches.position
+  def __init__(self, batches: Iterator[Batch], *, depth: int = 2):
+    self.position = getattr(batches, "position", None)
     self._batches = batches
     self._queue: queue.Queue[Any] = queue.Queue(depth)
     self._is_closed = threading.Event()
@@ -156,6 +157,9 @@ class ReadAhead:
     self._is_closed.set()
     self._thread.join()
 
+  def __iter__(self) -> "ReadAhead":
+    return self
+
   def __next__(self) -> Batch:
     item = self._queue.get()
     if isinstance(item, Exception):
@@ -167,7 +171,8 @@ class ReadAhead:
   def _fill(self) -> None:
     while not self._is_closed.is_set():
       try:
-        item = (next(self._batches), self._batches.position)
+        batch = next(self._batches)
+        item = (batch, getattr(self._batches, "position", None))
       except Exception as error:
         item = error
       while not self._is_closed.is_set():
