@@ -21,12 +21,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nfnets.errors import InputError
+from nfnets.errors import InputError, UsageError
 
 AXIS = "data"
 
 # How long a new file may take to be seen on another host, over a network.
 _SEEN_IN_SECONDS = 60
+
+# In which launchers say how many processes they started. (Slurm's SLURM_NTASKS
+# is also there in a job's shell, which is one process.)
+_COUNTS = (
+  "SLURM_STEP_NUM_TASKS",
+  "OMPI_COMM_WORLD_SIZE",
+  "JAX_NUM_PROCESSES",
+)
 
 
 def join_pod() -> None:
@@ -61,6 +69,24 @@ def join_pod() -> None:
       "process per host under the cluster's launcher, or set "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     ) from None
+
+
+def check_alone() -> None:
+  """Raises `UsageError` where a launcher started several processes.
+
+  Without `join_pod` each of them would be a run of its own.
+  """
+  found = {name: os.environ.get(name, "") for name in _COUNTS}
+  numbers = {k: int(v) for k, v in found.items() if v.isdecimal()}
+  name = "TPU_WORKER_HOSTNAMES"
+  numbers[name] = len(os.environ.get(name, "").split(","))
+  for name, number in numbers.items():
+    if number > 1:
+      raise UsageError(
+        f"{name} tells of {number} processes, and each would train a run of "
+        "its own: add --pod to train one together, or, if several are wanted, "
+        f"start each by `env -u {name}` with another --workdir"
+      )
 
 
 def _is_alone_on_host() -> bool:

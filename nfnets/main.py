@@ -292,6 +292,8 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 
   if args.pod:
     devices.join_pod()
+  else:
+    devices.check_alone()
   result = train.train(config, workdir)
   if devices.is_first_host():
     from nfnets import card

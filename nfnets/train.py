@@ -9,7 +9,9 @@ import contextlib
 import fcntl
 import functools
 import math
+import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -493,19 +495,37 @@ def _advice(
 
 @contextlib.contextmanager
 def _locked(workdir: Path):
-  """Keeps a second process out of a workdir; one that dies leaves no lock."""
+  """Keeps a second process out of a workdir; one that dies leaves no lock.
+
+  On a network's file system a machine that dies may leave it, so that the file
+  says who has it.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / ".lock").open("w") as file:
+  path = workdir / ".lock"
+  with path.open("a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+      file.seek(0)
       raise InputError(
-        f"another process is training in {workdir}: wait for it, stop it, or "
-        "choose another --workdir"
+        f"another process is training in {workdir} "
+        f"({file.read() or 'it does not say which'}): wait for it, stop it, "
+        "or choose another --workdir; if that machine is gone, remove "
+        f"{path}"
       ) from None
-    except OSError:
-      pass  # A file system without locks.
-    yield
+    except OSError as error:
+      warnings.warn(
+        f"{workdir} cannot be locked ({error.strerror}): nothing keeps two "
+        "runs apart that are started in it",
+        stacklevel=1,
+      )
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+    file.flush()
+    try:
+      yield
+    finally:
+      file.truncate(0)
 
 
 class _Stop:

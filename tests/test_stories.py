@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from nfnets import checkpoint
+from nfnets import checkpoint, train
+from nfnets.errors import InputError
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
 TINY_RUN = [
@@ -261,6 +263,63 @@ def test_a_workdir_in_use_is_refused(copy, nfnets_here):
     result = nfnets_here("train", f"--workdir={copy}", *TINY_RUN)
   _fails(result, 1, r"another process is training in .*: wait for it, stop it")
   assert _snapshot(copy) == before
+
+
+def test_who_has_a_workdir_is_told(tmp_path):
+  """Twice: the lock is free again, and names nobody."""
+  path = tmp_path / ".lock"
+  holder = f"host {socket.gethostname()}, process {os.getpid()}"
+  message = rf"\({holder}\): wait for it, .* gone, remove {path}$"
+  for _ in range(2):
+    with (
+      train._locked(tmp_path),
+      pytest.raises(InputError, match=message),
+      train._locked(tmp_path),
+    ):
+      pass
+    assert path.read_text() == ""
+
+
+def test_a_workdir_that_cannot_be_locked_is_told(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)  # As on some file systems.
+  message = r"cannot be locked \(No locks available\): nothing keeps two runs"
+  with pytest.warns(UserWarning, match=message), train._locked(tmp_path):
+    pass
+
+
+@pytest.mark.parametrize(
+  ("variables", "seen"),
+  [
+    ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS tells of 4"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE tells of 2"),
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES tells of 2"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES tells of 2"),
+    # The shell of a job; one process under each launcher.
+    ({"SLURM_NTASKS": "4"}, None),
+    (
+      {
+        "SLURM_STEP_NUM_TASKS": "1",
+        "OMPI_COMM_WORLD_SIZE": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+      },
+      None,
+    ),
+  ],
+)
+def test_a_pod_without_its_option_is_refused(
+  variables, seen, nfnets_here, monkeypatch, tmp_path
+):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  command = ("train", "--config.train.num_devices=99")
+  result = nfnets_here(*command, cwd=tmp_path)
+  if seen:
+    _fails(result, 2, rf"{seen} processes, .*: add --pod .* `env -u {seen[:9]}")
+  else:
+    _fails(result, 1, r"99 devices were asked for")
 
 
 def test_a_run_starts_from_weights(finished, nfnets, tmp_path):
