@@ -146,6 +146,7 @@ def evaluate(
       "give the config of the data that the weights were trained on"
     )
   mesh = devices.make_mesh(config.train.num_devices)
+  devices.check_agreement(r.identity())
   eval_step = steps.make_eval_step(
     r.model,
     mesh,

@@ -32,6 +32,8 @@ _CONFIG_HELP = (
   "has one, else configs/digits.py)"
 )
 
+_POD_HELP = "this process is one of a multi-host job (jax.distributed)"
+
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 _WEIGHTS_HELP = (
@@ -157,16 +159,13 @@ def _make_parser() -> argparse.ArgumentParser:
     help="folder of the run; given again, it goes on (default: a folder named "
     "after the config in $NFNETS_RUNS, or in ./runs)",
   )
-  command.add_argument(
-    "--pod",
-    action="store_true",
-    help="this process is one of a multi-host job (jax.distributed)",
-  )
+  command.add_argument("--pod", action="store_true", help=_POD_HELP)
 
   command = add("evaluate", _evaluate, "Accuracy and loss on the test split.")
   command.add_argument("--workdir", type=Path, help="a run of nfnets train")
   command.add_argument("--weights", metavar="SOURCE", help=_WEIGHTS_HELP)
   command.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
+  command.add_argument("--pod", action="store_true", help=_POD_HELP)
   command.add_argument("--json", action="store_true", help="print JSON")
   command.add_argument(
     "--details",
@@ -318,15 +317,22 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     args.workdir = card.newest_round(args.workdir)
   config = _load_config(args.config, rest, args.workdir)
   _keep_compiled()
-  from nfnets import evaluate, progress
+  from nfnets import devices, evaluate, progress
 
+  if args.pod:
+    devices.join_pod()
+  tell = progress.Ticker(lambda line: print(line, file=sys.stderr))
+  if not devices.is_first_host():
+    tell = lambda *_: None
   results = evaluate.evaluate(
     config,
     workdir=args.workdir,
     weights=args.weights,
     details=args.details,
-    tell=progress.Ticker(lambda line: print(line, file=sys.stderr)),
+    tell=tell,
   )
+  if not devices.is_first_host():
+    return
   if args.json:
     means = {
       kind: {k: v for k, v in result._asdict().items() if k != "confusion"}

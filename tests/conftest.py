@@ -137,8 +137,10 @@ def kill_when(
   return was_running
 
 
-def run_pod(environment, *options, second=(), is_stop_due=None):
-  """Trains in two processes as one; of each exit code, output and errors.
+def run_pod(
+  environment, *options, command="train", second=(), is_stop_due=None
+):
+  """Runs a command in two processes; of each exit code, output and errors.
 
   The second process has more options, and may be asked to stop at a moment.
   """
@@ -150,7 +152,7 @@ def run_pod(environment, *options, second=(), is_stop_due=None):
     "JAX_COORDINATOR_BIND_ADDRESS": address,
     "JAX_NUM_PROCESSES": "2",
   }
-  command = [sys.executable, "-m", "nfnets.main", "train", "--pod"]
+  command = [sys.executable, "-m", "nfnets.main", command, "--pod"]
   hosts = [
     subprocess.Popen(
       [*command, *options, *second[: index * len(second)]],

@@ -168,7 +168,20 @@ def test_two_processes_train_as_one(finished, environment, tmp_path):
     np.testing.assert_allclose(
       row["grad_norm"], expected["grad_norm"], rtol=0.01
     )
-  assert read_rows(workdir, "eval")[-1]["step"] == 11
+  recorded = read_rows(workdir, "eval")[-1]
+  assert recorded["step"] == 11
+
+  results = run_pod(
+    environment, f"--workdir={workdir}", "--json", command="evaluate"
+  )
+  assert [code for code, *_ in results] == [0, 0], results
+  first, second = (output for _, output, _ in results)
+  assert second == ""
+  found = json.loads(first)
+  for kind in ("raw", "ema"):
+    assert found[kind]["num_examples"] == 360
+    for name in ("loss", "top1", "top5"):
+      assert found[kind][name] == recorded[f"{kind}_{name}"]
 
 
 def test_processes_with_other_settings_are_refused(environment, tmp_path):
