@@ -23,6 +23,10 @@ class UsageError(InputError):
   """The command line or the config itself is wrong (exit code 2)."""
 
 
+class StoppedError(InputError):
+  """A run was asked to end early; its state is saved (exit code 75)."""
+
+
 def unknown(kind: str, given: Any, known: Iterable[str]) -> UsageError:
   """The error for a wrong name: the nearest right ones, then all of them."""
   known, text = list(known), str(given)

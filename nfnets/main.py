@@ -1,6 +1,7 @@
 """The command line `nfnets`.
 
-Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage.
+Exit codes: 0 done, 1 failed (with one line that says why), 2 wrong usage, 75
+stopped by a signal with all saved: the same command goes on.
 Anything heavy is imported by the command that needs it.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from nfnets.errors import (
   InputError,
+  StoppedError,
   UsageError,
   check_output,
   local,
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   except (InputError, OSError) as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
-    return 1
+    return os.EX_TEMPFAIL if isinstance(error, StoppedError) else 1
   except RuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -140,6 +142,8 @@ def _make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="nfnets",
     description="Normalizer-Free Networks: train, evaluate, predict, export.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a "
+    "signal, as at a preemption: the same command goes on.",
     allow_abbrev=False,
   )
   commands = parser.add_subparsers(dest="command", required=True)

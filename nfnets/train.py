@@ -38,7 +38,7 @@ from nfnets import (
   steps,
 )
 from nfnets.data import batches
-from nfnets.errors import InputError
+from nfnets.errors import InputError, StoppedError
 from nfnets.patience import Patience
 
 # Steps given to the devices before the oldest must have finished: enough to
@@ -52,10 +52,6 @@ class DivergedError(InputError):
   """Loss, gradient or weights are not finite."""
 
 
-class StoppedError(InputError):
-  """The run was asked to end before its last step; its state is saved."""
-
-
 def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   """Trains to the last epoch; returns the EMA weights' test result.
 
@@ -65,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   Raises:
     InputError: for a config that cannot run, a workdir of another run, a
       damaged checkpoint, or (`DivergedError`) numbers that are not finite;
-      `StoppedError` after Ctrl-C or SIGTERM.
+      `StoppedError` after Ctrl-C, SIGTERM or SIGHUP.
   """
   recipe.check(config)
   with _stop_on_signal() as stop:

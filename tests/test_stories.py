@@ -216,7 +216,7 @@ def test_one_of_two_processes_that_is_asked_to_stop_stops_both(
   steps = {
     re.search(r"stopped by preemption after step (\d+) of", errors)[1]
     for code, _, errors in results
-    if code == 1
+    if code == os.EX_TEMPFAIL
   }
   assert len(steps) == 1, results
   assert {p.name for p in (workdir / "checkpoints").iterdir()} == steps
@@ -260,7 +260,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(environment, tmp_path):
     time.sleep(0.005)
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=PATIENCE)
-  assert process.returncode == 1
+  assert process.returncode == os.EX_TEMPFAIL
   found = re.search(
     r"stopped by SIGTERM after step (\d+) of 44; the same", errors
   )
