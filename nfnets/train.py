@@ -540,12 +540,18 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_on_signal():
-  """Ctrl-C and SIGTERM end the run after its step; a second Ctrl-C at once."""
+  """Ctrl-C, SIGTERM and SIGHUP end the run after its step.
+
+  A second Ctrl-C does at once. SIGHUP, which comes when a terminal goes away,
+  stays ignored where it was when the process began (`nohup`).
+  """
   stop = _Stop()
 
   def request(number, frame):
     del frame
     stop.reason = signal.Signals(number).name
+    if number == signal.SIGHUP:
+      _leave_terminal()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(
       "stopping after this step (the first is compiled before it); Ctrl-C "
@@ -554,12 +560,23 @@ def _stop_on_signal():
     )
 
   is_main = threading.current_thread() is threading.main_thread()
-  numbers = (signal.SIGINT, signal.SIGTERM)
+  numbers = [signal.SIGINT, signal.SIGTERM]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    numbers.append(signal.SIGHUP)
   if not is_main or jax.process_count() > 1:  # The signals are not ours.
-    numbers = ()
+    numbers = []
   old = {number: signal.signal(number, request) for number in numbers}
   try:
     yield stop
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+  """From a terminal that went away: what is said there would be an error."""
+  for output in (1, 2):
+    try:
+      os.write(output, b"")
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), output)

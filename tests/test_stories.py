@@ -269,6 +269,46 @@ def test_a_run_that_is_asked_to_stop_saves_first(environment, tmp_path):
   assert (workdir / "curves.png").exists()
 
 
+@pytest.mark.slow
+def test_a_run_whose_terminal_goes_away_saves_first(environment, tmp_path):
+  """It hears SIGHUP, and nothing that it says arrives."""
+  workdir = tmp_path / "stopped"
+  command = [sys.executable, "-m", "nfnets.main", "train", *TINY_RUN]
+  ours, its = os.openpty()
+  process = subprocess.Popen(
+    [
+      *("setsid", "--ctty", *command, f"--workdir={workdir}"),
+      "--config.checkpoint_every_steps=1000",
+    ],
+    env=environment,
+    stdin=its,
+    stdout=its,
+    stderr=its,
+  )
+  os.close(its)
+  record = workdir / "metrics.jsonl"
+  while not record.exists() or '"step": 4,' not in record.read_text():
+    assert process.poll() is None
+    os.read(ours, 4096)
+  os.close(ours)
+  assert process.wait(PATIENCE) == os.EX_TEMPFAIL
+  (saved,) = (workdir / "checkpoints").iterdir()
+  assert int(saved.name) >= 4
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_hangup_stops_a_run_unless_it_was_ignored(is_ignored):
+  other = signal.SIG_IGN if is_ignored else lambda *_: None
+  before = signal.signal(signal.SIGHUP, other)
+  try:
+    with train._stop_on_signal() as stop:
+      signal.raise_signal(signal.SIGHUP)
+      assert stop.reason == (None if is_ignored else "SIGHUP")
+    assert signal.getsignal(signal.SIGHUP) == other
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_workdir_in_use_is_refused(copy, nfnets_here):
   before = _snapshot(copy)
   with (copy / ".lock").open("w") as file:
