@@ -1,7 +1,8 @@
 """The story of an evaluation: every example exactly once."""
 
+import contextlib
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from nfnets import checkpoint, devices, plots, pretrained, recipe, steps
 from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.data.source import Split
-from nfnets.errors import InputError, UsageError
+from nfnets.errors import InputError, UsageError, unfinished
 
 
 class Result(NamedTuple):
@@ -41,7 +42,7 @@ def over_split(
   *,
   batch_size: int,
   mesh: Mesh,
-  tell: Callable[[str, int, int], None] = lambda *_: None,
+  tell: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Result]:
   """Evaluates weights that are on the devices already, each batch read once.
 
@@ -52,8 +53,8 @@ def over_split(
     batch_size: Over all devices, at most; rounded up to a multiple of their
       number.
     mesh: The devices.
-    tell: Is given after each batch which weights are evaluated, how many
-      examples are done, and how many there are.
+    tell: Is given after each batch how many examples are done, and how many
+      there are.
 
   Returns:
     Results by kind.
@@ -71,20 +72,23 @@ def over_split(
   with batches.ReadAhead(stream, depth=1) as ahead:
     for batch in ahead:
       batch = devices.shard_batch(batch, mesh)
-      for kind, (params, state) in weights.items():
-        sums = eval_step(params, state, batch)
-        if pending is not None:  # One step ahead of the one that is read.
-          done = _add(totals[pending[0]], pending[1])
-          tell(pending[0], done, split.num_examples)
-        pending = kind, sums
-  _add(totals[pending[0]], pending[1])
+      sums = {
+        kind: eval_step(params, state, batch)
+        for kind, (params, state) in weights.items()
+      }
+      if pending is not None:  # One batch ahead of the one that is read.
+        tell(_add(totals, pending), split.num_examples)
+      pending = sums
+  _add(totals, pending)
   return {kind: _as_means(total) for kind, total in totals.items()}
 
 
-def _add(total: dict[str, Any], sums: Any) -> int:
-  """Adds the sums of a batch; returns how many examples are done."""
-  for name, value in jax.device_get(sums).items():
-    total[name] = total.get(name, 0.0) + np.float64(value)
+def _add(totals: dict[str, dict[str, Any]], sums: Any) -> int:
+  """Adds the sums of a batch, by kind; returns how many examples are done."""
+  for kind, values in jax.device_get(sums).items():
+    total = totals[kind]
+    for name, value in values.items():
+      total[name] = total.get(name, 0.0) + np.float64(value)
   return round(float(total["count"]))
 
 
@@ -103,7 +107,7 @@ def evaluate(
   workdir: Path | None,
   weights: str | Path | None,
   details: Path | None = None,
-  tell: Callable[[str, int, int], None] = lambda *_: None,
+  tell: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Result]:
   """Evaluates a run's newest checkpoint, or a weights file, on the test split.
 
@@ -114,8 +118,8 @@ def evaluate(
       Network and preparation of images are its card's, if it has one; the size
       of images is the config's, if that has one.
     details: Folder for `save_details` (of the averaged weights).
-    tell: Is given after each batch which weights are evaluated, how many
-      examples are done, and how many there are.
+    tell: Is given after each batch how many examples are done, and how many
+      there are.
 
   Returns:
     Results by kind of weights: `raw` and `ema`, with early stopping also
@@ -147,6 +151,13 @@ def evaluate(
     )
   mesh = devices.make_mesh(config.train.num_devices)
   devices.check_agreement(r.identity())
+  if details is not None:  # Now, rather than when all is computed.
+    try:
+      details.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise InputError(
+        f"--details={details}: no folder can be made there ({error.strerror})"
+      ) from None
   eval_step = steps.make_eval_step(
     r.model,
     mesh,
@@ -207,8 +218,7 @@ def save_details(
   """
   folder.mkdir(parents=True, exist_ok=True)
   confusion = result.confusion
-  with (folder / "per_class.csv").open("w", newline="") as file:
-    writer = csv.writer(file)
+  with _table(folder / "per_class.csv") as writer:
     writer.writerow(["class", "images", "top1", "mistaken_for", "times"])
     for i, (name, row) in enumerate(zip(class_names, confusion, strict=True)):
       num, wrong = row.sum(), np.where(np.arange(len(row)) == i, 0, row)
@@ -216,9 +226,14 @@ def save_details(
       mistaken = (class_names[worst], wrong[worst]) if wrong.any() else ("", 0)
       top1 = f"{row[i] / num:.4f}" if num else ""
       writer.writerow([name, num, top1, *mistaken])
-  with (folder / "confusion.csv").open("w", newline="") as file:
-    writer = csv.writer(file)
+  with _table(folder / "confusion.csv") as writer:
     writer.writerow(["class", *class_names])
     for name, row in zip(class_names, confusion, strict=True):
       writer.writerow([name, *row])
   plots.save_confusion(confusion, class_names, folder / "confusion.png")
+
+
+@contextlib.contextmanager
+def _table(path: Path) -> Iterator[Any]:
+  with unfinished(path) as partial, partial.open("w", newline="") as file:
+    yield csv.writer(file)

@@ -24,7 +24,7 @@ _WIDE = 100  # Columns of a terminal in which the bar fits beside the numbers.
 
 
 class Ticker:
-  """Says now and then how far something long has come; `say` prints a line."""
+  """Says now and then how far an evaluation is; `say` prints a line."""
 
   def __init__(self, say: Callable[[str], None]):
     self._say = say
@@ -38,9 +38,13 @@ class Ticker:
     self._last_line = now
     return True
 
-  def __call__(self, what: str, done: int, total: int) -> None:
+  def __call__(self, done: int, total: int) -> None:
     if self.is_due():
-      self._say(f"evaluating {what}: {done:,} of {total:,} images")
+      self._say(_evaluating(done, total))
+
+
+def _evaluating(done: int, total: int) -> str:
+  return f"evaluating: {done:,} of {total:,} images"
 
 
 class TrainProgress:
@@ -116,10 +120,9 @@ class TrainProgress:
     if self._bar.disable and self._ticker.is_due():
       self.say(f"step {step}/{self._total}  {text}{left}")
 
-  def evaluating(self, what: str, done: int, total: int) -> None:
+  def evaluating(self, done: int, total: int) -> None:
     """Shows how far an evaluation is."""
     if self._bar.disable:
-      self._ticker(what, done, total)
+      self._ticker(done, total)
     else:
-      text = f"evaluating {what}: {done:,} of {total:,} images"
-      self._bar.update(self._task, text=text)
+      self._bar.update(self._task, text=_evaluating(done, total))

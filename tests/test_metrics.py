@@ -129,9 +129,9 @@ def test_the_bar_keeps_step_and_time(monkeypatch, capsys, width):
     shown = capsys.readouterr().out
     assert "27172/112500" in shown
     assert "loss 6.1" in shown
-    bar.evaluating("EMA", 1024, 50000)
+    bar.evaluating(1024, 50000)
     bar._bar.refresh()
-    assert "evaluating EMA: 1,024 of" in capsys.readouterr().out
+    assert "evaluating: 1,024 of 50,000" in capsys.readouterr().out
 
 
 def test_lines_come_now_and_then(monkeypatch, capsys):
@@ -140,11 +140,11 @@ def test_lines_come_now_and_then(monkeypatch, capsys):
   monkeypatch.setattr(progress, "time", clock)
   ticker = progress.Ticker(print)
   for done in range(1000, 5000, 1000):
-    ticker("raw", done, 50_000)
+    ticker(done, 50_000)
   lines = capsys.readouterr().out.splitlines()
   assert lines == [
-    "evaluating raw: 2,000 of 50,000 images",
-    "evaluating raw: 4,000 of 50,000 images",
+    "evaluating: 2,000 of 50,000 images",
+    "evaluating: 4,000 of 50,000 images",
   ]
 
 

@@ -396,7 +396,7 @@ def test_every_example_counts_once_on_any_number_of_devices():
   for num_devices in (1, 8):
     found, told = evaluate_on(num_devices, "a")
     ends = {1: [5, 10], 8: [8]}[num_devices]
-    assert told == [("a", end, 13) for end in ends]
+    assert told == [(end, 13) for end in ends]
     results.append(found["a"])
   one, eight = results
   assert one.num_examples == eight.num_examples == 13

@@ -530,6 +530,18 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(
     assert min(picture.size) > 300
 
 
+def test_details_that_cannot_be_written_are_told_first(
+  finished, nfnets_here, tmp_path
+):
+  (tmp_path / "taken").touch()
+  result = nfnets_here(
+    *("evaluate", f"--workdir={finished}", "--config.train.num_devices=1"),
+    f"--details={tmp_path / 'taken'}",
+  )
+  _fails(result, 1, r"--details=.*taken: no folder .* \(File exists\)")
+  assert result.stdout == ""
+
+
 def test_evaluation_on_other_classes_is_refused(finished, nfnets, tmp_path):
   for name in ("cat", "dog"):
     folder = tmp_path / name

@@ -5,9 +5,9 @@ place in the stream alone, so a position is one number and a resumed run sees
 exactly the examples that were left, cropped as they would have been.
 """
 
-import queue
-import threading
+import collections
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -145,41 +145,28 @@ class ReadAhead:
   def __init__(self, batches: Iterator[Batch], *, depth: int = 2):
     self.position = getattr(batches, "position", None)
     self._batches = batches
-    self._queue: queue.Queue[Any] = queue.Queue(depth)
-    self._is_closed = threading.Event()
-    self._thread = threading.Thread(target=self._fill, daemon=True)
+    self._depth = depth
+    self._pending: collections.deque[Future] = collections.deque()
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
   def __enter__(self) -> "ReadAhead":
-    self._thread.start()
+    for _ in range(self._depth):
+      self._ask()
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    self._is_closed.set()
-    self._thread.join()
+    self._thread.shutdown(cancel_futures=True)
 
   def __iter__(self) -> "ReadAhead":
     return self
 
   def __next__(self) -> Batch:
-    item = self._queue.get()
-    if isinstance(item, Exception):
-      self._queue.put(item)  # The thread has ended: for whoever asks again.
-      raise item
-    batch, self.position = item
+    self._ask()
+    batch, self.position = self._pending.popleft().result()
     return batch
 
-  def _fill(self) -> None:
-    while not self._is_closed.is_set():
-      try:
-        batch = next(self._batches)
-        item = (batch, getattr(self._batches, "position", None))
-      except Exception as error:
-        item = error
-      while not self._is_closed.is_set():
-        try:
-          self._queue.put(item, timeout=0.1)
-          break
-        except queue.Full:
-          continue
-      if isinstance(item, Exception):
-        return
+  def _ask(self) -> None:
+    self._pending.append(self._thread.submit(self._read))
+
+  def _read(self) -> tuple[Batch, int | None]:
+    return next(self._batches), getattr(self._batches, "position", None)
