@@ -8,10 +8,14 @@ all that evaluation and prediction read.
 
 import contextlib
 import errno
+import fcntl
 import inspect
 import logging
+import os
 import re
+import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,3 +261,38 @@ def _on(mesh: Mesh, tree: Any) -> Any:
     ),
     tree,
   )
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+  """Keeps a second process out of a workdir; one that dies leaves no lock.
+
+  On a network's file system a machine that dies may leave it, so that the file
+  says who has it.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / ".lock"
+  with path.open("a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise InputError(
+        f"another process is training in {workdir} "
+        f"({file.read() or 'it does not say which'}): wait for it, stop it, "
+        "or choose another --workdir; if that machine is gone, remove "
+        f"{path}"
+      ) from None
+    except OSError as error:
+      warnings.warn(
+        f"{workdir} cannot be locked ({error.strerror}): nothing keeps two "
+        "runs apart that are started in it",
+        stacklevel=1,
+      )
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+    file.flush()
+    try:
+      yield
+    finally:
+      file.truncate(0)

@@ -5,7 +5,6 @@ decides as if it never was. Where those weights are not there (patience came
 later, or a run went back to an older checkpoint), it counts from what is there.
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,14 @@ class Patience:
     self._count(rows)
     files = filter(Path.exists, (self._path, self._finished))
     kept = [pretrained.step_of(path) for path in files]
-    if self.best is None or {self.best["step"], None} & {*kept}:
+    # A file that does not say whose weights it holds is taken for the best.
+    if self.best is None or None in kept or self.best["step"] in kept:
       return
-    for first in (*kept, math.inf):
+    for first in kept:
       self._count(row for row in rows if row["step"] >= first)
       if self.best is not None and self.best["step"] == first:
         return
+    self._count([])
 
   def _count(self, rows: Iterable[metrics.Row]) -> None:
     """Begins with these evaluations."""

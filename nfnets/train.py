@@ -6,13 +6,8 @@ checkpoint, bit for bit as if it had never stopped.
 
 import collections
 import contextlib
-import fcntl
 import functools
 import math
-import os
-import signal
-import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -36,6 +30,7 @@ from nfnets import (
   recipe,
   rounds,
   steps,
+  stops,
 )
 from nfnets.data import batches
 from nfnets.errors import InputError, StoppedError
@@ -64,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
       `StoppedError` after Ctrl-C, SIGTERM or SIGHUP.
   """
   recipe.check(config)
-  with _stop_on_signal() as stop:
+  with stops.on_signal() as stop:
     if not config.data.grows:
       if found := cards.rounds_of(Path(workdir)):
         raise InputError(
@@ -80,7 +75,9 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
     return result
 
 
-def _train(r: recipe.Recipe, workdir: Path, stop: "_Stop") -> evaluate.Result:
+def _train(
+  r: recipe.Recipe, workdir: Path, stop: stops.Stop
+) -> evaluate.Result:
   config = r.config
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
@@ -99,7 +96,7 @@ def _train(r: recipe.Recipe, workdir: Path, stop: "_Stop") -> evaluate.Result:
     changes = recipe.changes_since(r, workdir)
   with contextlib.ExitStack() as stack:
     if is_first_host:
-      stack.enter_context(_locked(workdir))
+      stack.enter_context(checkpoint.locked(workdir))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
@@ -176,7 +173,8 @@ def _train(r: recipe.Recipe, workdir: Path, stop: "_Stop") -> evaluate.Result:
     result = None
     if not is_over:
       bar.say("compiling the train step; of large networks that takes minutes")
-    for step in range(start + 1, start if is_over else r.total_steps + 1):
+    last = start if is_over else r.total_steps
+    for step in range(start + 1, last + 1):
       batch = devices.shard_batch(next(data), mesh)
       state, values = programs.train_step(state, batch)
       in_flight.add(step, values)
@@ -313,9 +311,10 @@ def _ema_weights(
 
 
 def _remove_weights(workdir: Path, start: int) -> None:
-  """Those of a run that was over; if no checkpoint has them, they get a name.
+  """Removes `weights.safetensors` of a run that goes on from step `start`.
 
-  So it is with the best weights of a run that goes on without patience.
+  Weights of another step, which no checkpoint has (such as the best ones, of a
+  run that ended early), are kept as `weights_STEP.safetensors`.
   """
   path = workdir / "weights.safetensors"
   step = pretrained.step_of(path)
@@ -487,96 +486,3 @@ def _advice(
     f"{optim.agc_clipping:g}), or more --config.optim.warmup_{warmup} (now "
     f"{optim[f'warmup_{warmup}']:g})"
   )
-
-
-@contextlib.contextmanager
-def _locked(workdir: Path):
-  """Keeps a second process out of a workdir; one that dies leaves no lock.
-
-  On a network's file system a machine that dies may leave it, so that the file
-  says who has it.
-  """
-  workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / ".lock"
-  with path.open("a+") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      raise InputError(
-        f"another process is training in {workdir} "
-        f"({file.read() or 'it does not say which'}): wait for it, stop it, "
-        "or choose another --workdir; if that machine is gone, remove "
-        f"{path}"
-      ) from None
-    except OSError as error:
-      warnings.warn(
-        f"{workdir} cannot be locked ({error.strerror}): nothing keeps two "
-        "runs apart that are started in it",
-        stacklevel=1,
-      )
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-    file.flush()
-    try:
-      yield
-    finally:
-      file.truncate(0)
-
-
-class _Stop:
-  """Whether something asked the run to end."""
-
-  reason: str | None = None
-
-  def is_due(self, step: int) -> bool:
-    """The answer after a step; on several hosts all get the same one."""
-    # On several hosts JAX's own listener spreads one's SIGTERM to all.
-    is_pod = jax.process_count() > 1
-    if is_pod and multihost_utils.reached_preemption_sync_point(step):
-      self.reason = "preemption"
-    return self.reason is not None
-
-
-@contextlib.contextmanager
-def _stop_on_signal():
-  """Ctrl-C, SIGTERM and SIGHUP end the run after its step.
-
-  A second Ctrl-C does at once. SIGHUP, which comes when a terminal goes away,
-  stays ignored where it was when the process began (`nohup`).
-  """
-  stop = _Stop()
-
-  def request(number, frame):
-    del frame
-    stop.reason = signal.Signals(number).name
-    if number == signal.SIGHUP:
-      _leave_terminal()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(
-      "stopping after this step (the first is compiled before it); Ctrl-C "
-      "again stops at once",
-      flush=True,
-    )
-
-  is_main = threading.current_thread() is threading.main_thread()
-  numbers = [signal.SIGINT, signal.SIGTERM]
-  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-    numbers.append(signal.SIGHUP)
-  if not is_main or jax.process_count() > 1:  # The signals are not ours.
-    numbers = []
-  old = {number: signal.signal(number, request) for number in numbers}
-  try:
-    yield stop
-  finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
-
-
-def _leave_terminal() -> None:
-  """From a terminal that went away: what is said there would be an error."""
-  for output in (1, 2):
-    try:
-      os.write(output, b"")
-    except OSError:
-      os.dup2(os.open(os.devnull, os.O_WRONLY), output)

@@ -41,6 +41,7 @@ FLOORS = (
     "pretrained",
     "progress",
     "steps",
+    "stops",
     "timm",
   ),
   (

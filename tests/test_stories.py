@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from nfnets import checkpoint, train
+from nfnets import checkpoint, stops
 from nfnets.errors import InputError
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
@@ -309,7 +309,7 @@ def test_a_hangup_stops_a_run_unless_it_was_ignored(is_ignored):
   other = signal.SIG_IGN if is_ignored else lambda *_: None
   before = signal.signal(signal.SIGHUP, other)
   try:
-    with train._stop_on_signal() as stop:
+    with stops.on_signal() as stop:
       signal.raise_signal(signal.SIGHUP)
       assert stop.reason == (None if is_ignored else "SIGHUP")
     assert signal.getsignal(signal.SIGHUP) == other
@@ -333,9 +333,9 @@ def test_who_has_a_workdir_is_told(tmp_path):
   message = rf"\({holder}\): wait for it, .* gone, remove {path}$"
   for _ in range(2):
     with (
-      train._locked(tmp_path),
+      checkpoint.locked(tmp_path),
       pytest.raises(InputError, match=message),
-      train._locked(tmp_path),
+      checkpoint.locked(tmp_path),
     ):
       pass
     assert path.read_text() == ""
@@ -347,7 +347,7 @@ def test_a_workdir_that_cannot_be_locked_is_told(tmp_path, monkeypatch):
 
   monkeypatch.setattr(fcntl, "flock", refuse)  # As on some file systems.
   message = r"cannot be locked \(No locks available\): nothing keeps two runs"
-  with pytest.warns(UserWarning, match=message), train._locked(tmp_path):
+  with pytest.warns(UserWarning, match=message), checkpoint.locked(tmp_path):
     pass
 
 
