@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnets import rowwise, winograd
-from nfnets.errors import unknown
+from nfnets.errors import InputError, unknown
 
 # Of `products`: from so many pixels of all images and channels of the input on
 # kernel gradients are products rather than XLA's convolution. Images come in
@@ -51,7 +51,7 @@ def conv2d(
   Args:
     x: [N, H, W, C_in].
     w: [height, width, C_in / groups, C_out], dtype of x or float32; of float32
-      its gradient is not rounded.
+      its gradient is not rounded by `products`, by others to the dtype of x.
     padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
     form: Of FORMS; None: the one that is fast on JAX's default backend.
 
@@ -59,12 +59,18 @@ def conv2d(
     [N, ceil(H / stride), ceil(W / stride), C_out], dtype of x.
 
   Raises:
-    InputError: for an unknown form.
+    InputError: for an unknown form, and channels that groups do not divide.
   """
   if form is None:
     form = _OF_BACKENDS.get(jax.default_backend(), "xla")
   if form not in FORMS:
     raise unknown("form of convolution", form, FORMS)
+  if x.shape[-1] != groups * w.shape[2] or w.shape[3] % groups:
+    raise InputError(
+      f"convolution of {x.shape[-1]} channels in {groups} groups with a kernel "
+      f"{w.shape}: it must be [height, width, channels / groups, a multiple of "
+      "groups]"
+    )
   return FORMS[form](x, w, stride=stride, groups=groups, padding=padding)
 
 
@@ -119,14 +125,17 @@ def products(x, w, *, stride, groups, padding):
   bfloat16 is multiplied as float32 where that is faster.
   """
   options = {"stride": stride, "groups": groups, "padding": padding}
+  if isinstance(x.shape[0], int) and x.shape[0] == 0:  # No images, no parts.
+    return xla(x, w, **options)
   is_bfloat16 = x.dtype == jnp.bfloat16
   if is_bfloat16 and not rowwise.is_fast():
     x, w = (a.astype(jnp.float32) for a in (x, w))
     return products(x, w, **options).astype(jnp.bfloat16)
   if w.shape[:2] == (1, 1) and groups == 1 and not is_bfloat16:
     x = x[:, ::stride, ::stride]
-    return (_as_matrix(x) @ w[0, 0]).reshape(*x.shape[:3], w.shape[-1])
-  return _by_group(x, w, **options)
+    out = _as_matrix(x) @ w[0, 0].astype(x.dtype)
+    return out.reshape(*x.shape[:3], w.shape[-1])
+  return _by_group(x, _varying_with(x, w), **options)
 
 
 def portable(x, w, *, stride, groups, padding):
@@ -178,8 +187,7 @@ def _by_group(x, w, *, stride, groups, padding):
     return _each_group(groups, run, x, w).astype(x.dtype)
 
   def forward(x, w):
-    narrow = w.astype(x.dtype)
-    return convolve(x, narrow), (x, narrow)
+    return convolve(x, w), (x, w.astype(x.dtype))
 
   def backward(residuals, dy):
     dx, dw = _each_group(groups, gradients, *residuals, dy)
@@ -259,6 +267,16 @@ def _to_overwrite(
   return jnp.broadcast_to(number.reshape(()).astype(dtype), shape)
 
 
+def _varying_with(x: jax.Array, w: jax.Array) -> jax.Array:
+  """The kernel, as varying between devices as images are in a `shard_map`.
+
+  Loops and hand-written gradients want that; its gradient is then summed.
+  """
+  of_x, of_w = (jax.typeof(a).manual_axis_type.varying for a in (x, w))
+  axes = of_x - of_w
+  return jax.lax.pcast(w, tuple(axes), to="varying") if axes else w
+
+
 def _num_pixels(x: jax.Array) -> int:
   """Of [N, H, W, C]; of one image, where N is any number, as in an export."""
   num, height, width = x.shape[:3]
@@ -315,7 +333,7 @@ def _gradients_in_parts(gradients):
       return _put(dx, dx_of_part, i, axis=0), dw + dw_of_part
 
     dx = _to_overwrite(x.shape, dy.dtype, dy)
-    dw = jnp.zeros(w.shape, jnp.float32)
+    dw = _varying_with(dy, jnp.zeros(w.shape, _dtype_of_sums(dy)))
     return jax.lax.fori_loop(0, x.shape[0] // size, step, (dx, dw))
 
   return in_parts
@@ -363,7 +381,7 @@ def _input_gradient(dy, w, *, shape, stride, pads):
 
 
 def _kernel_gradient(x, dy, *, size, stride, pads):
-  """[N, H, W, C_in], [N, H', W', C_out] -> kernel, float32.
+  """[N, H, W, C_in], [N, H', W', C_out] -> kernel, float32 or wider.
 
   At one of the kernel's positions ("tap") it is the product of what that
   position sees of the images with the gradient of the output.
@@ -389,7 +407,7 @@ def _kernel_gradient(x, dy, *, size, stride, pads):
   # the barrier XLA would make it a part of them again.
   dy = jax.lax.optimization_barrier(_as_matrix(dy).T)  # [C_out, N H' W']
   products = [
-    jnp.matmul(dy, _as_matrix(tap), preferred_element_type=jnp.float32)
+    jnp.matmul(dy, _as_matrix(tap), preferred_element_type=_dtype_of_sums(dy))
     for tap in taps
   ]  # [C_out, C_in] each
   dw = jnp.stack(products).transpose(0, 2, 1)
@@ -413,6 +431,10 @@ def _kernel_gradient_as_convolution(x, dy, *, size, stride, pads):
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
   return dw.transpose(1, 2, 0, 3)
+
+
+def _dtype_of_sums(x: jax.Array) -> Any:
+  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _as_matrix(x: jax.Array) -> jax.Array:

@@ -39,8 +39,8 @@ class Case(NamedTuple):
 CASES = strategies.builds(
   Case,
   num=strategies.sampled_from((1, 2, 6)),
-  height=strategies.integers(5, 34),
-  width=strategies.integers(5, 34),
+  height=strategies.integers(1, 34),
+  width=strategies.integers(1, 34),
   stride=strategies.sampled_from((1, 2, 3)),
   padding=strategies.sampled_from(("same", "symmetric")),
   kernel=strategies.sampled_from((1, 3, 5)),
@@ -94,6 +94,9 @@ def _check_next_to_xlas_own(case, dtype, *, rtol, atol):
 @hypothesis.example(Case(2, 9, 8, 1, "symmetric", 3, 2, 64, 1, "products"))
 @hypothesis.example(Case(2, 33, 34, 1, "same", 3, 2, 16, 2, "products"))
 @hypothesis.example(Case(6, 26, 26, 1, "same", 3, 2, 16, 2, "products"))
+@hypothesis.example(Case(6, 26, 26, 1, "same", 3, 2, 16, 1, "products"))
+@hypothesis.example(Case(1, 1, 1, 2, "same", 3, 2, 4, 1, "products"))
+@hypothesis.example(Case(2, 2, 2, 2, "symmetric", 3, 2, 4, 1, "products"))
 @hypothesis.example(Case(6, 34, 33, 2, "symmetric", 5, 2, 16, 2, "products"))
 @hypothesis.example(Case(2, 12, 16, 2, "same", 3, 1, 3, 2, "cudnn"))
 @hypothesis.example(Case(1, 8, 6, 2, "same", 3, 1, 2, 2, "cudnn"))
@@ -146,6 +149,8 @@ def test_cudnn_gets_channels_by_eights(monkeypatch):
 @hypothesis.example(Case(1, 16, 15, 2, "same", 5, 2, 4, 2, "products"))
 @hypothesis.example(Case(3, 7, 6, 1, "same", 1, 1, 8, 1, "products"))
 @hypothesis.example(Case(1, 9, 8, 2, "same", 1, 2, 8, 1, "products"))
+@hypothesis.example(Case(1, 1, 1, 2, "same", 3, 2, 4, 1, "products"))
+@hypothesis.example(Case(2, 2, 2, 2, "symmetric", 3, 2, 4, 1, "products"))
 @hypothesis.settings(
   max_examples=8,
   deadline=None,
@@ -157,6 +162,102 @@ def test_products_in_bfloat16_are_equal_to_its_rounding(set_amx, case):
   set_amx(True)
   case = case._replace(form="products")
   _check_next_to_xlas_own(case, jnp.bfloat16, **ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_second_derivatives_are_those_of_xlas_own(dtype, set_amx):
+  """Of kernels that stay float32, as parameters do."""
+  set_amx(True)
+  x, w = _normal(0, 2, 8, 8, 8), _normal(1, 3, 3, 4, 8)
+
+  def slope(w, x, form):
+    out = lambda w: convolution.conv2d(x, w, groups=2, form=form)
+    return jax.grad(lambda w: jnp.sum(jnp.tanh(out(w).astype(w.dtype))))(w)
+
+  def curvature(x, form):
+    return jax.grad(lambda w: jnp.sum(slope(w, x, form) ** 2))(w)
+
+  ours, exact = curvature(x.astype(dtype), "products"), curvature(x, "xla")
+  assert ours.dtype == w.dtype
+  error = 0.1 if dtype == jnp.bfloat16 else 1e-4
+  np.testing.assert_allclose(ours, exact, atol=error * abs(exact).max())
+
+
+# Kernel gradients of these are products, in parts and at once, or convolutions.
+@pytest.mark.parametrize("num, size", [(2, 48), (1, 42), (2, 8)])
+def test_gradients_in_float64_are_as_exact(num, size):
+  with jax.enable_x64(True):
+    x, w = (
+      a.astype(jnp.float64)
+      for a in (_normal(0, num, size, size, 32), _normal(1, 3, 3, 16, 32))
+    )
+    gradients = lambda form: jax.grad(
+      lambda w, x: jnp.sum(convolution.conv2d(x, w, groups=2, form=form) ** 2),
+      (0, 1),
+    )(w, x)
+    for a, b in zip(gradients("products"), gradients("xla"), strict=True):
+      assert a.dtype == jnp.float64
+      np.testing.assert_allclose(a, b, atol=1e-13 * abs(b).max())
+
+
+@pytest.mark.parametrize("form", sorted(convolution.FORMS))
+@pytest.mark.parametrize("kernel, groups", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_results_have_the_dtype_of_the_images(dtype, kernel, groups, form):
+  x, w = (
+    jnp.ones((2, 4, 4, 8), dtype),
+    jnp.ones((kernel, kernel, 8 // groups, 4)),
+  )
+  convolve = lambda x, w: convolution.conv2d(x, w, groups=groups, form=form)
+  assert jax.eval_shape(convolve, x, w).dtype == dtype
+
+
+@pytest.mark.parametrize("form", sorted(convolution.FORMS))
+@pytest.mark.parametrize("kernel, groups", [(1, 1), (3, 1), (3, 2)])
+def test_of_no_images_there_are_no_results(kernel, groups, form):
+  x, w = jnp.ones((0, 48, 48, 32)), jnp.ones((kernel, kernel, 32 // groups, 32))
+
+  def loss(w, x):
+    out = convolution.conv2d(x, w, groups=groups, form=form)
+    return jnp.sum(out), out
+
+  (dw, dx), out = jax.grad(loss, (0, 1), has_aux=True)(w, x)
+  assert out.shape == dx.shape == x.shape
+  np.testing.assert_array_equal(dw, 0)
+
+
+@pytest.mark.parametrize(
+  # A grouped one; a loop over images alone.
+  "groups, size",
+  [(2, 8), (1, 40)],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_several_devices_give_the_gradients_of_one(
+  dtype, groups, size, set_amx
+):
+  """Where JAX checks what varies between them, as it does by default."""
+  set_amx(True)
+  x = _normal(0, 4, size, size, 32).astype(dtype)
+  w = _normal(1, 3, 3, 32 // groups, 32)
+
+  def loss(w, x):
+    out = convolution.conv2d(x, w, groups=groups, form="products")
+    return jnp.sum(jnp.tanh(out.astype(jnp.float32)))
+
+  run = lambda loss: jax.jit(jax.value_and_grad(loss, (0, 1)))(w, x)
+  of_all = jax.shard_map(
+    lambda w, x: jax.lax.psum(loss(w, x), "data"),
+    mesh=jax.sharding.Mesh(jax.devices()[:2], "data"),
+    in_specs=(jax.P(), jax.P("data")),
+    out_specs=jax.P(),
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a.astype(jnp.float32), b, rtol=2**-7, atol=1e-5 * abs(b).max()
+    ),
+    run(of_all),
+    jax.tree.map(lambda b: b.astype(jnp.float32), run(loss)),
+  )
 
 
 @pytest.mark.parametrize(
@@ -334,4 +435,22 @@ def test_an_unknown_form_is_told_the_known_ones():
   with pytest.raises(InputError, match=r"form of convolution.*winograd.*xla"):
     convolution.conv2d(
       jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 1, 2, 2)), form="winograd"
+    )
+
+
+@pytest.mark.parametrize("form", sorted(convolution.FORMS))
+@pytest.mark.parametrize(
+  "channels, kernel, groups",
+  [(7, (3, 3, 3, 8), 2), (8, (3, 3, 4, 7), 2), (8, (1, 1, 4, 8), 1)],
+)
+def test_channels_that_groups_do_not_divide_are_told(
+  channels, kernel, groups, form
+):
+  given = rf"{channels} channels in {groups} groups .*{re.escape(str(kernel))}"
+  with pytest.raises(InputError, match=given):
+    convolution.conv2d(
+      jnp.zeros((1, 4, 4, channels)),
+      jnp.zeros(kernel),
+      groups=groups,
+      form=form,
     )
