@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets import convolution
+from nfnets.errors import InputError
 from nfnets.initial import Draw
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -96,9 +97,10 @@ _GAINS: dict[str, tuple[Activation, float]] = {
 
 
 def _with_gain(function: Activation, gain: float) -> Activation:
-  if function is gelu:
+  """Computed in float32, and rounded once to the dtype of x."""
+  if function is gelu:  # Its own derivative has the gain inside.
     return lambda x: gelu(x, gain)
-  return lambda x: function(x) * gain
+  return lambda x: (function(_at_least_float32(x)) * gain).astype(x.dtype)
 
 
 # Name -> variance-preserving nonlinearity (the gain is inside).
@@ -198,6 +200,20 @@ def _standardize_backward(residuals, grad):
 standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
+@jax.custom_batching.custom_vmap
+def _where_there(array: jax.Array, x: jax.Array) -> jax.Array:
+  first = x[0, 0, 0, 0]
+  is_never = jnp.isnan(first) & jnp.isinf(first)
+  return jnp.where(is_never, 0, array)
+
+
+@_where_there.def_vmap
+def _where_there_in_batches(_, is_batched, array, x):
+  """Not an array for each x: one x is there when all are."""
+  of_array, of_x = is_batched
+  return _where_there(array, x[0] if of_x else x), of_array
+
+
 @jax.custom_jvp
 def _once_there(array: jax.Array, x: jax.Array) -> jax.Array:
   """The array, as soon as activations x [N, H, W, C] are there.
@@ -207,9 +223,7 @@ def _once_there(array: jax.Array, x: jax.Array) -> jax.Array:
   when they are used. That it waits for x it must be told by a condition, though
   one that is never met: barriers it removes.
   """
-  first = x[0, 0, 0, 0]
-  is_never = jnp.isnan(first) & jnp.isinf(first)
-  return jnp.where(is_never, 0, array)
+  return _where_there(array, x)
 
 
 @_once_there.defjvp
@@ -221,10 +235,10 @@ def _once_there_derivative(primals, tangents):
 def folded_kernel(w: np.ndarray, gain: np.ndarray) -> np.ndarray:
   """`standardize` in NumPy, for weights that do not change any more."""
   w, gain = np.asarray(w), np.asarray(gain)
-  w = w - w.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
+  w = w - w.mean(axis=(0, 1, 2), dtype=np.float64).astype(w.dtype)
   squares = np.sum(np.square(w), axis=(0, 1, 2), dtype=np.float64)
   scale = gain / np.sqrt(np.maximum(squares, STANDARDIZE_EPS))
-  return w * scale.astype(np.float32)
+  return w * scale.astype(w.dtype)
 
 
 class WSConv2D(hk.Module):
@@ -265,6 +279,11 @@ class WSConv2D(hk.Module):
     steps one by one.
     """
     size, channels = self.kernel_size, self.output_channels
+    if x.shape[-1] % self.groups or channels % self.groups:
+      raise InputError(
+        f"{self.name}: a convolution of {x.shape[-1]} to {channels} channels "
+        f"in {self.groups} groups: groups must divide both numbers of channels"
+      )
     shape = (size, size, x.shape[-1] // self.groups, channels)
     # Standardisation makes the network insensitive to the scale.
     init = Draw("normal", math.prod(shape[:-1]) ** -0.5)
@@ -296,7 +315,7 @@ class SqueezeExcite(hk.Module):
   """Squeeze-and-excitation: a gate in (0, 1) for each channel of an image.
 
   The hidden layer is a plain ReLU, as in the released networks (the paper's
-  text names the scaled nonlinearity). Computed in float32: it is a few vectors.
+  text names the scaled nonlinearity). In float32: it is a few vectors.
   """
 
   def __init__(self, channels: int, hidden: int, name: str | None = None):
@@ -310,13 +329,13 @@ class SqueezeExcite(hk.Module):
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C]
     h = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)  # [N, C]
     h = self.excite(jax.nn.relu(self.squeeze(h)))
-    return jax.nn.sigmoid(h)[:, None, None].astype(x.dtype)  # [N, 1, 1, C]
+    return jax.nn.sigmoid(h)[:, None, None]  # [N, 1, 1, C]
 
 
 class EfficientAttention(hk.Module):
   """ECA (arXiv:1910.03151): each gate sees the means of a few neighbours.
 
-  Parameter: `w` [taps]. Computed in float32.
+  Parameter: `w` [taps]. In float32.
   """
 
   def __init__(self, taps: int, name: str | None = None):
@@ -330,7 +349,7 @@ class EfficientAttention(hk.Module):
     channels, half = h.shape[-1], self.taps // 2
     h = jnp.pad(h, ((0, 0), (half, half)))
     h = sum(w[i] * h[:, i : i + channels] for i in range(self.taps))
-    return jax.nn.sigmoid(h)[:, None, None].astype(x.dtype)  # [N, 1, 1, C]
+    return jax.nn.sigmoid(h)[:, None, None]  # [N, 1, 1, C]
 
 
 def stochastic_depth(

@@ -1,5 +1,6 @@
 """Layers: properties of standardisation, activations and gates."""
 
+import functools
 import re
 
 import haiku as hk
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import strategies
 
 from nfnets import layers, models
+from nfnets.errors import InputError
 
 
 def _normal(*shape, seed=0):
@@ -36,6 +38,14 @@ def test_standardization_next_to_double_precision(mean, error):
   trained, _ = jax.vjp(layers.standardize, jnp.asarray(w), jnp.ones(32))
   for ours in (evaluated, trained):
     assert abs(ours - exact).max() <= error * abs(exact).max()
+
+
+def test_folding_in_double_precision_is_as_exact():
+  w = 3 + np.random.default_rng(0).standard_normal((3, 3, 8, 16))
+  folded = layers.folded_kernel(w, np.ones(16))
+  assert folded.dtype == np.float64
+  np.testing.assert_allclose(folded.mean((0, 1, 2)), 0, atol=1e-15)
+  np.testing.assert_allclose(np.sum(folded**2, (0, 1, 2)), 1, rtol=1e-14)
 
 
 @hypothesis.given(
@@ -107,6 +117,32 @@ def test_an_image_that_is_not_finite_leaves_the_others_alone(first):
   assert np.isfinite(outs[0, 0, 0]).all() == np.isfinite(first)
 
 
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="elsewhere kernels wait for nothing"
+)
+def test_kernels_are_standardized_once_for_all_images_of_a_vmap():
+  x = _normal(5, 2, 4, 4, 8)
+  net = hk.without_apply_rng(hk.transform(lambda x: layers.WSConv2D(6, 3)(x)))
+  apply = functools.partial(net.apply, net.init(jax.random.key(0), x[0]))
+  text = str(jax.make_jaxpr(jax.vmap(apply))(x))
+  assert "f32[3,3,8,6]" in text
+  assert "f32[5,3,3,8,6]" not in text
+  np.testing.assert_allclose(
+    jax.vmap(apply)(x),
+    apply(x.reshape(10, 4, 4, 8)).reshape(5, 2, 4, 4, 6),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("inputs, outputs", [(7, 8), (8, 7), (1, 2)])
+def test_groups_that_do_not_divide_channels_are_told(inputs, outputs):
+  convolve = lambda x: layers.WSConv2D(outputs, 3, groups=2, name="conv")(x)
+  given = f"conv: a convolution of {inputs} to {outputs} channels in 2 groups"
+  with pytest.raises(InputError, match=given):
+    _apply(convolve, jnp.zeros((1, 4, 4, inputs)))
+
+
 def test_evaluation_does_not_hold_all_standardized_kernels_at_once():
   model = models.make("nfnet_f0", depth=(1, 1, 2, 1))
   params, _ = model.shapes()
@@ -153,11 +189,12 @@ def test_derivatives_of_gelu_next_to_double_precision(dtype, error):
   np.testing.assert_allclose(curvature.astype(float), exact, atol=5 * error)
 
 
-def test_gelu_in_bfloat16_is_rounded_once():
-  gelu = layers.ACTIVATIONS["gelu"]  # With its gain.
+@pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
+def test_activations_in_bfloat16_are_rounded_once(name):
+  activation = layers.ACTIVATIONS[name]  # With its gain.
   x = jnp.linspace(-9, 9, 20_001, dtype=jnp.bfloat16)
-  exact = gelu(x.astype(jnp.float32)).astype(jnp.bfloat16)
-  np.testing.assert_array_equal(gelu(x), exact)
+  exact = activation(x.astype(jnp.float32)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(activation(x), exact)
 
 
 @pytest.mark.parametrize(
@@ -201,3 +238,20 @@ def test_squeeze_excite_gates_each_channel_of_each_image():
   gate = _apply(lambda x: layers.SqueezeExcite(8, 4)(x), x)
   assert gate.shape == (2, 1, 1, 8)
   assert ((gate > 0) & (gate < 1)).all()
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: layers.SqueezeExcite(8, 4),
+    lambda: layers.EfficientAttention(3),
+  ],
+  ids=["se", "eca"],
+)
+def test_gates_of_bfloat16_are_not_rounded(make):
+  x = _normal(2, 4, 4, 8).astype(jnp.bfloat16)
+  gate, exact = (
+    _apply(lambda x: make()(x), x) for x in (x, x.astype(jnp.float32))
+  )
+  assert gate.dtype == jnp.float32
+  np.testing.assert_array_equal(gate, exact)
