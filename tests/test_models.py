@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
 
-from nfnets import agc, models
+from nfnets import agc, layers, models
 from nfnets.errors import InputError
 from nfnets.models import packed
 from nfnets.models import plan as plans
@@ -305,6 +305,43 @@ def test_a_dropped_branch_leaves_the_shortcut_and_others_are_not_rescaled():
   assert (kept != dropped).all()
 
 
+@pytest.mark.parametrize("name", ["nfnet_tiny", "nf_regnet_b0"])
+def test_of_bfloat16_neither_beta_nor_a_gate_is_rounded(name):
+  """What convolutions see is: the first, and one after a gate in the middle."""
+  plan = models.make(name).plan
+  block = plan.blocks[1]
+  assert block.beta != float(jnp.bfloat16(block.beta))
+  shape = (2, 8, 8, block.in_channels)
+  x = np.random.default_rng(0).standard_normal(shape, np.float32)
+  x = jnp.asarray(x, jnp.bfloat16)
+  found = {}
+
+  def look(call, args, kwargs, context):
+    result = call(*args, **kwargs)
+    found[context.module.name] = args[0], result
+    return result
+
+  def apply(x):
+    with hk.intercept_methods(look):
+      return NFBlock(block, plan, Execution())(x, Drawn(block.beta, None))
+
+  network = hk.transform(apply)
+  out, _ = network.apply(network.init(jax.random.key(0), x), None, x)
+  assert out.dtype == jnp.bfloat16
+  act, names = (
+    layers.ACTIVATIONS[plan.activation],
+    [c.name for c in block.convs],
+  )
+  exact = act(x).astype(jnp.float32) * block.beta
+  np.testing.assert_array_equal(found[names[0]][0], exact.astype(jnp.bfloat16))
+  if block.attention.is_in_middle:
+    gate = found["squeeze_excite"][1] * 2
+    exact = found[names[-2]][1].astype(jnp.float32) * gate
+    np.testing.assert_array_equal(
+      found[names[-1]][0], act(exact.astype(jnp.bfloat16))
+    )
+
+
 def test_later_blocks_are_dropped_more_often():
   blocks = models.make("nfnet_f0").plan.blocks
   expected = [0.25 * i / 12 for i in range(12)]
@@ -342,6 +379,9 @@ def test_training_uses_its_randomness_and_evaluation_none(kind):
     {"remat": "blocks"},
     {"remat": "stages"},
     {"remat": "blocks", "is_scanned": True},
+    {"remat": "stages", "is_scanned": True},
+    {"remat": "blocks", "is_packed": True},
+    {"remat": "stages", "is_packed": True},
   ],
   ids=str,
 )
@@ -375,7 +415,10 @@ def _loss_and_gradient(**execution):
     outputs, _ = model.apply(params, {}, key, images, is_training=True)
     return jnp.sum(outputs["logits"] ** 2)
 
-  return jax.jit(jax.value_and_grad(loss))(params)
+  if execution.get("is_packed"):
+    params = model.stack(params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
+  return value, model.unstack(jax.device_get(grads))
 
 
 def test_as_it_is_computed_on_gpus_it_is_the_same(monkeypatch):

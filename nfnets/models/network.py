@@ -83,7 +83,7 @@ class NFBlock(hk.Module):
     """
     block = self.block
     act = self.activation
-    out = act(x) * jnp.asarray(drawn.beta, x.dtype)
+    out = (act(x) * jnp.asarray(drawn.beta, jnp.float32)).astype(x.dtype)
 
     shortcut = x
     if self.shortcut is not None:
@@ -97,7 +97,7 @@ class NFBlock(hk.Module):
     for conv in convs:
       out = conv(act(out), after=out)
     if block.attention is not None and block.attention.is_in_middle:
-      out *= self._gate(out)
+      out = (out * self._gate(out)).astype(out.dtype)
     out = last(act(out), after=out)
 
     # What scales the branch is one small factor, multiplied with it once.
