@@ -328,10 +328,8 @@ def test_of_bfloat16_neither_beta_nor_a_gate_is_rounded(name):
   network = hk.transform(apply)
   out, _ = network.apply(network.init(jax.random.key(0), x), None, x)
   assert out.dtype == jnp.bfloat16
-  act, names = (
-    layers.ACTIVATIONS[plan.activation],
-    [c.name for c in block.convs],
-  )
+  act = layers.ACTIVATIONS[plan.activation]
+  names = [conv.name for conv in block.convs]
   exact = act(x).astype(jnp.float32) * block.beta
   np.testing.assert_array_equal(found[names[0]][0], exact.astype(jnp.bfloat16))
   if block.attention.is_in_middle:
