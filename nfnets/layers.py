@@ -97,10 +97,11 @@ _GAINS: dict[str, tuple[Activation, float]] = {
 
 
 def _with_gain(function: Activation, gain: float) -> Activation:
-  """Computed in float32, and rounded once to the dtype of x."""
+  """With a gain that is not rounded to the dtype of x; the result is."""
   if function is gelu:  # Its own derivative has the gain inside.
     return lambda x: gelu(x, gain)
-  return lambda x: (function(_at_least_float32(x)) * gain).astype(x.dtype)
+  # In float32 the function too would have its gradient keep twice the memory.
+  return lambda x: (_at_least_float32(function(x)) * gain).astype(x.dtype)
 
 
 # Name -> variance-preserving nonlinearity (the gain is inside).
