@@ -431,7 +431,7 @@ def test_a_checkpoint_of_another_structure_is_not_called_damaged(tmp_path):
 
 
 def test_unknown_precision_is_an_error():
-  with pytest.raises(InputError, match="'float61': did you mean float32"):
+  with pytest.raises(InputError, match="known: float32, bfloat16"):
     steps.compute_dtype("float61")
 
 
