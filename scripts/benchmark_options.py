@@ -150,7 +150,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   if args.ready_in and not args.at_once:
     parser.error("--ready_in is for --at_once")
   if args.profile and not {"train", "step"} & {*args.what}:
-    parser.error("--profile is of a train step: add train to --what")
+    parser.error("--profile is of a train step: add train or step to --what")
   tasks = {task for what in args.what for task in WHAT[what]}
   if args.also and not tasks & CONTESTANTS["scanned"]:
     parser.error("--also is of training: add train to --what")
