@@ -289,10 +289,14 @@ def locked(workdir: Path) -> Iterator[None]:
         "runs apart that are started in it",
         stacklevel=1,
       )
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-    file.flush()
+      yield
+      return
+    with contextlib.suppress(OSError):  # A full disk is told elsewhere.
+      file.truncate(0)
+      file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+      file.flush()
     try:
       yield
     finally:
-      file.truncate(0)
+      with contextlib.suppress(OSError):
+        file.truncate(0)

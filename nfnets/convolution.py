@@ -50,8 +50,9 @@ def conv2d(
 
   Args:
     x: [N, H, W, C_in].
-    w: [height, width, C_in / groups, C_out], dtype of x or float32; of float32
-      its gradient is not rounded by `products`, by others to the dtype of x.
+    w: [height, width, C_in / groups, C_out], dtype of x or float32. The
+      gradient of a float32 kernel is not rounded by `products`; other forms
+      round it to the dtype of x.
     padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
     form: Of FORMS; None: the one that is fast on JAX's default backend.
 

@@ -72,7 +72,7 @@ def join_pod() -> None:
 
 
 def check_alone() -> None:
-  """Raises `UsageError` where a launcher started several processes.
+  """Raises `UsageError` where a launcher says that it started several.
 
   Without `join_pod` each of them would be a run of its own.
   """

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,13 +151,14 @@ def evaluate(
       "give the config of the data that the weights were trained on"
     )
   mesh = devices.make_mesh(config.train.num_devices)
-  devices.check_agreement(r.identity())
-  if details is not None:  # Now, rather than when all is computed.
-    try:
+  is_first_host = devices.is_first_host()
+  if details is not None and is_first_host:
+    try:  # Now, rather than when all is computed.
       details.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=details).close()
     except OSError as error:
       raise InputError(
-        f"--details={details}: no folder can be made there ({error.strerror})"
+        f"--details={details} cannot be written to ({error.strerror})"
       ) from None
   eval_step = steps.make_eval_step(
     r.model,
@@ -178,15 +180,20 @@ def evaluate(
     if config.train.patience is not None and best.is_file():
       params, _ = pretrained.load_file(best)
       by_kind["best"] = (devices.replicate(params, mesh), {})
+  devices.check_agreement(
+    r.identity()
+    | {"--weights": str(weights), "--details": details is not None}
+    | {"kinds of weights": list(by_kind)}
+  )
   results = over_split(
     eval_step,
     by_kind,
     r.source.test,
     batch_size=config.eval.batch_size,
     mesh=mesh,
-    tell=tell,
+    tell=tell if is_first_host else lambda *_: None,
   )
-  if details is not None and devices.is_first_host():
+  if details is not None and is_first_host:
     *_, last = results.values()
     save_details(details, last, r.card.class_names)
   return results

@@ -100,7 +100,7 @@ def _with_gain(function: Activation, gain: float) -> Activation:
   """With a gain that is not rounded to the dtype of x; the result is."""
   if function is gelu:  # Its own derivative has the gain inside.
     return lambda x: gelu(x, gain)
-  # In float32 the function too would have its gradient keep twice the memory.
+  # The function stays in the dtype of x: its gradient keeps half as much then.
   return lambda x: (_at_least_float32(function(x)) * gain).astype(x.dtype)
 
 

@@ -325,15 +325,12 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
   if args.pod:
     devices.join_pod()
-  tell = progress.Ticker(lambda line: print(line, file=sys.stderr))
-  if not devices.is_first_host():
-    tell = lambda *_: None
   results = evaluate.evaluate(
     config,
     workdir=args.workdir,
     weights=args.weights,
     details=args.details,
-    tell=tell,
+    tell=progress.Ticker(lambda line: print(line, file=sys.stderr)),
   )
   if not devices.is_first_host():
     return

@@ -10,6 +10,7 @@ The released pickles and timm's safetensors are read too.
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +118,11 @@ def _load_workdir(workdir: Path) -> tuple[Params, Card]:
 
 
 def step_of(path: Path) -> int | None:
-  """Updates that weights of a run had seen; None: unknown, or no such file."""
+  """Updates that weights of a run had seen; None: unknown, or no such file.
+
+  Raises:
+    InputError: for a card that is damaged or of another version.
+  """
   from safetensors import SafetensorError, safe_open
 
   try:
@@ -125,7 +130,7 @@ def step_of(path: Path) -> int | None:
       text = (file.metadata() or {}).get(_CARD_KEY)
   except (FileNotFoundError, SafetensorError):
     return None
-  return json.loads(text).get("step") if text else None
+  return Card.from_json(text, str(path)).step if text else None
 
 
 def load_file(
@@ -364,7 +369,7 @@ def _read_npz(path: Path):
       flat = {key: file[key] for key in file.files}
     if {np.asarray(value).dtype.kind for value in flat.values()} - set("fiu"):
       raise ValueError  # Of other files in a zip this is "S", bytes.
-  except (ValueError, EOFError, zipfile.BadZipFile):
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
     raise InputError(
       f"{path} is damaged or no npz file of plain arrays of numbers"
     ) from None

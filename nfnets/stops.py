@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -36,8 +37,7 @@ def on_signal() -> Iterator[Stop]:
   def request(number, frame):
     del frame
     stop.reason = signal.Signals(number).name
-    if number == signal.SIGHUP:
-      _leave_terminal()
+    _leave_what_is_gone()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(
       "stopping after this step (the first is compiled before it); Ctrl-C "
@@ -59,10 +59,10 @@ def on_signal() -> Iterator[Stop]:
       signal.signal(number, handler)
 
 
-def _leave_terminal() -> None:
-  """From a terminal that went away: what is said there would be an error."""
+def _leave_what_is_gone() -> None:
+  """Says no more to a terminal or reader (`tee`) that ended: it is an error."""
   for output in (1, 2):
-    try:
-      os.write(output, b"")
-    except OSError:
+    poll = select.poll()
+    poll.register(output, 0)  # Of errors it tells nevertheless.
+    if any(event for _, event in poll.poll(0)):
       os.dup2(os.open(os.devnull, os.O_WRONLY), output)

@@ -12,13 +12,21 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import LONG_RUN, SMALL, kill_when, read_rows, run_pod
+from conftest import (
+  LONG_RUN,
+  SMALL,
+  draw_params,
+  kill_when,
+  param_shapes,
+  read_rows,
+  run_pod,
+)
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import base, finetune
 from nfnets import card as cards
-from nfnets import models, pretrained, recipe, rounds, train
+from nfnets import models, pretrained, recipe, rounds
 from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
@@ -341,27 +349,11 @@ def test_images_that_change_within_a_run_are_refused(
   assert re.search(r"another run \(images: .*classes.* -> ", result.stderr)
 
 
-def test_frozen_parts_keep_their_weights(
-  start, nfnets_here, tmp_path, monkeypatch
-):
-  """And a class that arrives while a round trains leaves it as it is."""
+def test_frozen_parts_keep_their_weights(start, nfnets, tmp_path):
   photos, workdir = tmp_path / "photos", tmp_path / "run"
-  _write_digits(photos, (4, 5), slice(0, 40))
-  train_round = train._train
-
-  def train_while_images_arrive(*args):
-    result = train_round(*args)
-    _write_digits(photos, (6,), slice(0, 40))
-    return result
-
-  monkeypatch.setattr(train, "_train", train_while_images_arrive)
-  options = ["--config.train.epochs=2", "--config.optim.frozen=stem,stage1"]
-  command = _fine_tune(start, photos, workdir, *options)
-  result = nfnets_here("train", *command, "--config.train.num_devices=1")
-  assert result.returncode == 0, result.stderr
-  assert re.search(r"all classes +\d+ +\S+% +\S+%", result.stdout)
-  grown = json.loads((workdir / "round_001" / "growth.json").read_text())
-  assert grown["all classes"]["classes"] == 2
+  _write_digits(photos, (5, 6), slice(0, 40))
+  command = _fine_tune(start, photos, workdir, "--config.train.epochs=2")
+  _train(nfnets, *command, "--config.optim.frozen=stem,stage1")
   before, after = pretrained.load(start), pretrained.load(workdir)
   _, card = pretrained.load_with_card(workdir)
   stage_of = card.make_model().stage_of
@@ -377,6 +369,28 @@ def test_frozen_parts_keep_their_weights(
   assert moved["stage1"] < 1e-6
   assert moved["stage2"] > 1e-4
   assert moved["head"] > 1e-4
+
+
+def test_a_class_that_arrives_while_a_round_trains_is_of_the_next(
+  start, tmp_path
+):
+  photos, folder = tmp_path / "photos", tmp_path / "run" / "round_001"
+  _write_digits(photos, (4, 5), slice(0, 40))
+  config = finetune.get_config("folder")
+  config.init_from, config.data.dir = str(start), str(photos)
+  r = recipe.resolve(config)
+  folder.mkdir(parents=True)
+  recipe.save(r, folder)
+  old, card = pretrained.load_with_card(start)
+  names = {"old_names": card.class_names, "new_names": r.card.class_names}
+  fresh = draw_params(param_shapes(r.model))
+  trained = pretrained.transfer(old, fresh, r.model, origin="", **names)
+  pretrained.save(folder / "weights.safetensors", trained, r.card)
+  _write_digits(photos, (6,), slice(0, 40))
+  rounds.report(r, folder)
+  rows = json.loads((folder / "growth.json").read_text())
+  assert [rows[group]["classes"] for group in rows] == [1, 1, 2]
+  assert rows["all classes"]["images"] == r.source.test.num_examples
 
 
 def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):

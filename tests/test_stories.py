@@ -304,6 +304,29 @@ def test_a_run_whose_terminal_goes_away_saves_first(environment, tmp_path):
   assert int(saved.name) >= 4
 
 
+def test_a_stop_is_heard_when_nobody_reads_any_more(environment):
+  """As `nfnets train | tee log`, where Ctrl-C ends `tee` first."""
+  code = """
+import signal, sys
+from nfnets import stops
+with stops.on_signal() as stop:
+  signal.raise_signal(signal.SIGINT)
+  print("said to nobody", flush=True)
+sys.exit(stop.reason)"""
+  reader, writer = os.pipe()
+  os.close(reader)
+  result = subprocess.run(
+    [sys.executable, "-c", code],
+    env=environment,
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
+  os.close(writer)
+  assert result.stderr == "SIGINT\n"
+
+
 @pytest.mark.parametrize("is_ignored", [False, True])
 def test_a_hangup_stops_a_run_unless_it_was_ignored(is_ignored):
   other = signal.SIG_IGN if is_ignored else lambda *_: None
@@ -378,7 +401,11 @@ def test_a_pod_without_its_option_is_refused(
   command = ("train", "--config.train.num_devices=99")
   result = nfnets_here(*command, cwd=tmp_path)
   if seen:
-    _fails(result, 2, rf"{seen} processes, .*: add --pod .* `env -u {seen[:9]}")
+    _fails(
+      result,
+      2,
+      rf"{seen} processes, .*: add --pod .* `env -u {seen.split()[0]}`",
+    )
   else:
     _fails(result, 1, r"99 devices were asked for")
 
@@ -538,7 +565,7 @@ def test_details_that_cannot_be_written_are_told_first(
     *("evaluate", f"--workdir={finished}", "--config.train.num_devices=1"),
     f"--details={tmp_path / 'taken'}",
   )
-  _fails(result, 1, r"--details=.*taken: no folder .* \(File exists\)")
+  _fails(result, 1, r"--details=.*taken cannot be written to \(File exists\)")
   assert result.stdout == ""
 
 

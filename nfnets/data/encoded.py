@@ -119,8 +119,8 @@ def make_split(
           _random_crop(image, draws[at].tolist(), out[at], sizes.train_min_area)
         is_good[at] = True
 
-    # Small parts, so that all threads are busy to the end; a host of many has
-    # few images in a batch.
+    # Small parts, so that all threads are busy to the end; smaller ones where
+    # one of many hosts has few images of a batch.
     step = max(1, min(16, num // (4 * pool._max_workers)))
     parts = [range(i, min(i + step, num)) for i in range(0, num, step)]
     list(pool.map(fill, parts))  # The list raises what a thread raised.
