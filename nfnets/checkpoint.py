@@ -273,8 +273,10 @@ def locked(workdir: Path) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / ".lock"
   with path.open("a+") as file:
+    is_locked = False
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      is_locked = True
     except BlockingIOError:
       file.seek(0)
       raise InputError(
@@ -289,14 +291,14 @@ def locked(workdir: Path) -> Iterator[None]:
         "runs apart that are started in it",
         stacklevel=1,
       )
-      yield
-      return
+    holder = f"host {socket.gethostname()}, process {os.getpid()}"
     with contextlib.suppress(OSError):  # A full disk is told elsewhere.
-      file.truncate(0)
-      file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-      file.flush()
+      if is_locked:
+        file.truncate(0)
+        os.write(file.fileno(), holder.encode())
     try:
       yield
     finally:
       with contextlib.suppress(OSError):
-        file.truncate(0)
+        if is_locked:
+          file.truncate(0)
