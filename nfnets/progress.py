@@ -3,6 +3,7 @@
 A bar on a terminal; elsewhere (a log file, a notebook, CI) a line now and then.
 """
 
+import contextlib
 import datetime
 import sys
 import time
@@ -47,6 +48,22 @@ def _evaluating(done: int, total: int) -> str:
   return f"evaluating: {done:,} of {total:,} images"
 
 
+class _Output:
+  """Standard output; that a terminal or `tee` went away ends no run."""
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      sys.stdout.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(sys.stdout, name)
+
+
 class TrainProgress:
   """Steps done, the latest numbers, images per second, time left.
 
@@ -58,7 +75,7 @@ class TrainProgress:
     self, *, start: int, total: int, batch_size: int, is_shown: bool = True
   ):
     self._console = Console(
-      file=sys.stdout, soft_wrap=True, highlight=False, quiet=not is_shown
+      file=_Output(), soft_wrap=True, highlight=False, quiet=not is_shown
     )
     self._batch_size = batch_size
     self._step, self._total = start, total

@@ -1,5 +1,6 @@
 """The record of a run: rows, resuming, and the picture of it."""
 
+import io
 import json
 import pathlib
 import sys
@@ -132,6 +133,16 @@ def test_the_bar_keeps_step_and_time(monkeypatch, capsys, width):
     bar.evaluating(1024, 50000)
     bar._bar.refresh()
     assert "evaluating: 1,024 of 50,000" in capsys.readouterr().out
+
+
+def test_a_reader_that_went_away_ends_no_run(monkeypatch):
+  class Gone(io.StringIO):
+    def write(self, text):
+      raise BrokenPipeError
+
+  monkeypatch.setattr("sys.stdout", Gone())
+  with progress.TrainProgress(start=0, total=10, batch_size=4) as bar:
+    bar.say("to nobody")
 
 
 def test_lines_come_now_and_then(monkeypatch, capsys):
