@@ -273,10 +273,8 @@ def locked(workdir: Path) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / ".lock"
   with path.open("a+") as file:
-    is_locked = False
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      is_locked = True
     except BlockingIOError:
       file.seek(0)
       raise InputError(
@@ -293,12 +291,10 @@ def locked(workdir: Path) -> Iterator[None]:
       )
     holder = f"host {socket.gethostname()}, process {os.getpid()}"
     with contextlib.suppress(OSError):  # A full disk is told elsewhere.
-      if is_locked:
-        file.truncate(0)
-        os.write(file.fileno(), holder.encode())
+      file.truncate(0)
+      os.write(file.fileno(), holder.encode())
     try:
       yield
     finally:
       with contextlib.suppress(OSError):
-        if is_locked:
-          file.truncate(0)
+        file.truncate(0)

@@ -182,8 +182,11 @@ def evaluate(
       by_kind["best"] = (devices.replicate(params, mesh), {})
   devices.check_agreement(
     r.identity()
-    | {"--weights": str(weights), "--details": details is not None}
-    | {"kinds of weights": list(by_kind)}
+    | {
+      "--weights": str(weights),
+      "--details": details is not None,
+      "kinds of weights": list(by_kind),
+    }
   )
   results = over_split(
     eval_step,

@@ -304,6 +304,23 @@ def test_a_run_whose_terminal_goes_away_saves_first(environment, tmp_path):
   assert int(saved.name) >= 4
 
 
+def _run_unread(command, environment):
+  """Runs it with an output that nobody reads any more."""
+  reading, writing = os.pipe()
+  os.close(reading)
+  try:
+    return subprocess.run(
+      command,
+      env=environment,
+      stdout=writing,
+      stderr=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
+  finally:
+    os.close(writing)
+
+
 def test_a_stop_is_heard_when_nobody_reads_any_more(environment):
   """As `nfnets train | tee log`, where Ctrl-C ends `tee` first."""
   code = """
@@ -313,18 +330,8 @@ with stops.on_signal() as stop:
   signal.raise_signal(signal.SIGINT)
   print("said to nobody", flush=True)
 sys.exit(stop.reason)"""
-  reader, writer = os.pipe()
-  os.close(reader)
-  result = subprocess.run(
-    [sys.executable, "-c", code],
-    env=environment,
-    stdout=writer,
-    stderr=subprocess.PIPE,
-    text=True,
-    check=False,
-  )
-  os.close(writer)
-  assert result.stderr == "SIGINT\n"
+  result = _run_unread([sys.executable, "-c", code], environment)
+  assert (result.returncode, result.stderr) == (1, "SIGINT\n")
 
 
 @pytest.mark.parametrize("is_ignored", [False, True])
@@ -649,17 +656,7 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
 def test_a_reader_that_has_enough_is_no_error(environment):
   """As in `nfnets predict ... | head`: nothing is said of it."""
   command = [sys.executable, "-m", "nfnets.main", "info"]
-  reading, writing = os.pipe()
-  os.close(reading)
-  result = subprocess.run(
-    command,
-    env=environment,
-    stdout=writing,
-    stderr=subprocess.PIPE,
-    text=True,
-    check=False,
-  )
-  os.close(writing)
+  result = _run_unread(command, environment)
   assert (result.returncode, result.stderr) == (1, "")
 
 

@@ -92,9 +92,10 @@ class Model(NamedTuple):
   @property
   def is_packed(self) -> bool:
     """Whether `stack` packs; where that is open, this opens the device."""
-    if self.execution.is_scanned or self.execution.is_packed is not None:
-      return bool(self.execution.is_packed) and not self.execution.is_scanned
-    return jax.default_backend() == "gpu"
+    if self.execution.is_scanned:
+      return False
+    asked = self.execution.is_packed
+    return jax.default_backend() == "gpu" if asked is None else asked
 
   def stack(self, tree: Any) -> Any:
     """Parameters in the arrays that the network trains fastest with.
