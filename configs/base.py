@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
   # Columns of the variant table; None: as the table has it.
   config.model.depth = placeholder(tuple)  # Blocks per stage.
   config.model.width = placeholder(tuple)  # Channels per stage.
-  config.model.group_width = placeholder(
-    tuple
-  )  # Channels per group, per stage.
-  config.model.bottleneck_ratio = placeholder(tuple)  # Per stage.
-  config.model.stem_width = placeholder(tuple)  # All but the last of the stem.
+  # Of NFNets the next three have a number for each stage, or for each
+  # convolution of the stem but its last; of other families one number.
+  config.model.group_width = placeholder(object)  # Channels per group.
+  config.model.bottleneck_ratio = placeholder(object)
+  config.model.stem_width = placeholder(object)
   config.model.second_conv = placeholder(bool)  # Second 3x3 in each block.
   config.model.se_ratio = placeholder(float)  # Squeeze-excite; 0: none.
   config.model.alpha = placeholder(float)  # Scale of the residual branch.
@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
   # How evaluation gets its square: "resize" distorts the whole image to
   # (test_size + margin)² and crops the middle (the published NFNets), "padded"
   # crops the middle in proportion and resizes it (the published ResNets).
+  # Images of digits and synthetic come in their size: "resize", margin 0.
   config.data.eval_crop = "resize"
   config.data.eval_margin = 32  # Pixels.
   # Of red, green and blue over ImageNet's training set, grey levels 0 to 255.
@@ -120,7 +121,8 @@ def get_config() -> ConfigDict:
   # Of the averaged weights, per step; 0: no average, they are the raw ones.
   config.optim.ema_decay = 0.99999
   # Radius of sharpness-aware minimisation; 0: none. Each device climbs by the
-  # first images of its own batch, this share of them.
+  # first images of its own (micro-)batch, this share of them: 6 of 32 images in
+  # the paper. What is logged of a step is what the climbed weights give.
   config.optim.sam_rho = 0.0
   config.optim.sam_share = 0.2
 

@@ -20,8 +20,9 @@ run on digits.
       --config.data.dir=TFDS_DATA_DIR --workdir=WORKDIR
 
 is 2102.06171, appendix A.5, after large-scale pre-training: 15,000 steps of
-2,048 images at a peak learning rate of 0.1, 5,000 of them warm-up, with SAM,
-dropout and stochastic depth; the paper finds results without these similar.
+2,048 images at a peak learning rate of 0.1 (scaled with another batch size, as
+everywhere), 5,000 of them warm-up, with SAM, dropout and stochastic depth; the
+paper finds results without these similar.
 Expected top-1 (Table 5): F4 and F4+ 89.2 after JFT-300M. Those weights were
 never released, so this is not run here. Not stated in the paper: augmentation,
 taken as crop and flip; label smoothing, as in the ImageNet recipe; the image

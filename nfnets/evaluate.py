@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +107,7 @@ def evaluate(
   *,
   workdir: Path | None,
   weights: str | Path | None,
+  given: Collection[str] = (),
   details: Path | None = None,
   tell: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Result]:
@@ -118,6 +119,8 @@ def evaluate(
     weights: Or what `pretrained.load` takes, with a config to know the data.
       Network and preparation of images are its card's, if it has one; the size
       of images is the config's, if that has one.
+    given: Of `data.eval_crop` and `data.eval_margin` those in which the config
+      goes before the card.
     details: Folder for `save_details` (of the averaged weights).
     tell: Is given after each batch how many examples are done, and how many
       there are.
@@ -139,10 +142,11 @@ def evaluate(
   if weights is not None:
     params, card = pretrained.load_with_card(weights)
     if card is not None:
-      config = _with_card(config, card)
+      config = _with_card(config, card, given)
   r = recipe.resolve(config)
   if workdir is not None:
-    recipe.changes_since(r, workdir)  # Raises for another model or data set.
+    # Raises for another model or data set.
+    recipe.changes_since(r, workdir, may_change=_MAY_CHANGE)
   if card is not None and card.class_names != r.card.class_names:
     raise InputError(
       f"{weights} tells {len(card.class_names)} classes apart "
@@ -202,7 +206,13 @@ def evaluate(
   return results
 
 
-def _with_card(config: ConfigDict, card: Card) -> ConfigDict:
+# What an evaluation may do otherwise than the training of its run did.
+_MAY_CHANGE = ("data.eval_crop", "data.eval_margin", "data.test_size")
+
+
+def _with_card(
+  config: ConfigDict, card: Card, given: Collection[str]
+) -> ConfigDict:
   """A config with the network of a card, images prepared as it says."""
   config = config.copy_and_resolve_references()
   recipe.check_columns(card)
@@ -210,8 +220,10 @@ def _with_card(config: ConfigDict, card: Card) -> ConfigDict:
     config.model[column] = card.overrides.get(column)
   config.model.name = card.model
   config.data.mean, config.data.std = card.mean, card.std
-  config.data.eval_crop = card.crop
-  config.data.eval_margin = card.margin
+  if "data.eval_crop" not in given:
+    config.data.eval_crop = card.crop
+  if "data.eval_margin" not in given:
+    config.data.eval_margin = card.margin
   if config.data.test_size is None:
     config.data.test_size = card.image_size
   return config

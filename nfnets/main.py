@@ -329,6 +329,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     config,
     workdir=args.workdir,
     weights=args.weights,
+    given=_given(rest),
     details=args.details,
     tell=progress.Ticker(lambda line: print(line, file=sys.stderr)),
   )
@@ -488,31 +489,41 @@ def _parse_override(text: str, columns: Sequence[str]) -> tuple[str, Any]:
     return column, value  # A plain word, such as an activation's name.
 
 
+def _given(options: list[str]) -> list[str]:
+  """The keys among `--config.key=value`."""
+  keys = [option.partition("=")[0] for option in options]
+  start = "--config."
+  return [key.removeprefix(start) for key in keys if key.startswith(start)]
+
+
 def _load_config(
   path: str | None, overrides: list[str], workdir: Path | None = None
 ) -> Any:
   """A config with `--config.key=value` overrides in place.
 
   It is that of the file; without one, that of a workdir that has been started;
-  and else that of the digits.
+  and else that of the digits. `None` leaves a key open that may be.
   """
   from absl import flags
   from ml_collections import config_flags
 
+  from nfnets import recipe
+
+  opened = {f"--config.{key}=None": key for key in recipe.open_keys()}
+  opened = {o: key for o, key in opened.items() if o in overrides}
+  others = [o for o in overrides if o not in opened]
   values = flags.FlagValues()
   if (
     path is None and workdir is not None and (workdir / "config.json").exists()
   ):
-    from nfnets import recipe
-
     config = recipe.load_config(workdir)
-    argv = overrides
+    argv = others
     config_flags.DEFINE_config_dict(
       "config", config, flag_values=values, sys_argv=argv
     )
   else:
     file, colon, variant = (path or "configs/digits.py").partition(":")
-    argv = [f"--config={_find_config(file)}{colon}{variant}", *overrides]
+    argv = [f"--config={_find_config(file)}{colon}{variant}", *others]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
     extra = values(["nfnets", *argv])[1:]
@@ -523,6 +534,9 @@ def _load_config(
     raise UsageError(f"--config: {_one_line(error)}") from None
   if extra:
     raise UsageError(f"{extra[0]!r} is not understood")
+  recipe.check(config)
+  config.update_from_flattened_dict(dict.fromkeys(opened.values()))
+  recipe.check_given(config, _given(others))
   return config
 
 

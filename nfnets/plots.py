@@ -36,7 +36,8 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
 
   marker = {"marker": "o", "markersize": 3}
   (loss, accuracy), (rate, clipped) = axes
-  draw(loss, train, "loss", color=_TRAIN, lw=1, label="training batch")
+  trained_on = "training batch, augmented"
+  draw(loss, train, "loss", color=_TRAIN, lw=1, label=trained_on)
   draw(loss, evals, "raw_loss", color=_RAW, label="test, raw", **marker)
   draw(loss, evals, "ema_loss", color=_EMA, label="test, EMA", **marker)
   highest = _without_spikes([row["loss"] for row in train if "loss" in row])
@@ -44,7 +45,7 @@ def save_curves(workdir: Path, path: Path, *, title: str) -> None:
 
   percent = {"scale": 100.0}
   draw(
-    accuracy, train, "accuracy", color=_TRAIN, lw=1, label="training batch",
+    accuracy, train, "accuracy", color=_TRAIN, lw=1, label=trained_on,
     **percent,
   )  # fmt: skip
   for kind, color, label in (

@@ -6,6 +6,7 @@ worked out here, once, after the overrides.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,6 +204,25 @@ def check(config: ConfigDict) -> None:
   _check_values(config)
 
 
+def open_keys() -> list[str]:
+  """The keys of a config that may be None."""
+  flat = _flatten(base.get_config().to_dict())
+  of_weights = ["model.name", *(f"data.{name}" for name in _PREPROCESSING)]
+  return of_weights + [key for key, value in flat.items() if value is None]
+
+
+def check_given(config: ConfigDict, given: Sequence[str]) -> None:
+  """Raises `UsageError` for a key that somebody gave in vain."""
+  for section, what in (("train", ""), ("optim", "warmup_")):
+    epochs, steps = (f"{section}.{what}{unit}" for unit in ("epochs", "steps"))
+    if epochs in given and config[section][f"{what}steps"] is not None:
+      raise UsageError(
+        f"--config.{epochs} has no effect where "
+        f"config.{steps}={config[section][f'{what}steps']}: give "
+        f"--config.{steps}=None too"
+      )
+
+
 def _on_this_machine(config: ConfigDict) -> ConfigDict:
   """With `~` expanded in its paths; raises for addresses on the network."""
   config = config.copy_and_resolve_references()
@@ -226,6 +246,8 @@ def resolve(config: ConfigDict) -> Recipe:
       # Said before weights are downloaded.
       raise InputError(f"--config.data.dir={folder}: there is no such folder")
     config = fill(config, _card_of_start(config))
+  if config.data.source in sources.IN_MEMORY:
+    config.data.eval_crop, config.data.eval_margin = "resize", 0
   columns = config.model.to_dict()
   name = columns.pop("name")
   overrides = {k: v for k, v in columns.items() if v is not None}
@@ -320,6 +342,7 @@ _RANGES = (
       "data.train_size",
       "data.test_size",
       "data.num_threads",
+      "optim.agc_eps",
     ),
     lambda x: 0 < x < math.inf,
     "more than 0 and finite",
@@ -332,7 +355,6 @@ _RANGES = (
       "optim.warmup_steps",
       "optim.weight_decay",
       "optim.agc_clipping",
-      "optim.agc_eps",
       "optim.sam_rho",
       "augment.mixup_alpha",
       "augment.randaugment_layers",
@@ -429,12 +451,17 @@ def _check_frozen(config: ConfigDict, model: models.Model) -> None:
     )
 
 
-def changes_since(recipe: Recipe, workdir: Path) -> list[str]:
+def changes_since(
+  recipe: Recipe, workdir: Path, *, may_change: Sequence[str] = ()
+) -> list[str]:
   """What differs from the config a workdir was last started with.
 
   A workdir belongs to one model, data set, batch size and seed. Other settings
   may change from one start to the next (a lower learning rate after a
   divergence, say); each is returned as a line "key: old -> new".
+
+  Args:
+    may_change: Keys that may, though a workdir belongs to them in training.
 
   Raises:
     InputError: when the workdir belongs to another run.
@@ -457,7 +484,7 @@ def changes_since(recipe: Recipe, workdir: Path) -> list[str]:
   if fixed := [
     change
     for key, change in changed.items()
-    if key.startswith("model.") or key in _FIXED
+    if (key.startswith("model.") or key in _FIXED) and key not in may_change
   ]:
     raise InputError(
       f"{workdir} holds another run ({', '.join(fixed)}): choose another "

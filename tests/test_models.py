@@ -546,6 +546,7 @@ def test_stages_of_modules():
     ("nfnet_f0", {"group_width": (256,) * 4}, r"stage 1: a bottleneck of 128"),
     ("nfnet_f0", {"second_conv": 1}, r"second_conv=1 is a int"),
     ("nfnet_f0", {"se_ratio": -1}, r"se_ratio=-1.0 is negative"),
+    ("eca_nfnet_l0", {"se_ratio": 0.0}, r"l0 has no squeeze-excite, .*\(eca\)"),
     ("nfnet_f0", {"padding": "valid"}, r"unknown padding 'valid'"),
     ("nfnet_f0", {"attention": "sea"}, r"unknown attention 'sea'"),
     ("nf_regnet_b0", {"width": (1, 2)}, r"width=.* has 2 entries, but depth"),

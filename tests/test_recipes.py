@@ -11,7 +11,7 @@ import pytest
 from conftest import REFERENCE
 
 from configs import digits, finetune, nfnet_imagenet, nfnet_pretrain
-from nfnets import devices, models, optim, recipe, steps, train
+from nfnets import devices, main, models, optim, recipe, steps, train
 from nfnets.data import sources
 from nfnets.data.source import Sizes
 from nfnets.errors import InputError
@@ -197,6 +197,54 @@ def test_a_workdir_belongs_to_what_the_readme_says(tmp_path):
   config.optim.lr_per_256 = 1.0
   changes = recipe.changes_since(r._replace(config=config), tmp_path)
   assert changes == ["optim.lr_per_256: 2.0 -> 1.0"]
+
+
+def test_values_that_are_left_open_on_the_command_line():
+  config = main._load_config(
+    "configs/finetune.py:imagenet",
+    [
+      "--config.train.steps=None",
+      "--config.train.epochs=2",
+      "--config.data.eval_crop=None",
+    ],
+  )
+  assert (config.train.steps, config.train.epochs) == (None, 2.0)
+  assert config.data.eval_crop is None
+  assert config.optim.warmup_steps == 5000
+
+
+@pytest.mark.parametrize(
+  ("model", "columns"),
+  [
+    ("nfnet_tiny", {"group_width": (4, 4, 8, 8), "stem_width": (4, 8, 16)}),
+    ("nf_regnet_b0", {"group_width": 16}),
+    ("nf_resnet50", {"bottleneck_ratio": 0.5, "stem_width": 32}),
+  ],
+)
+def test_columns_of_all_families_can_be_given_and_kept(
+  model, columns, tmp_path
+):
+  options = [
+    f"--config.model.{name}={str(value).replace(' ', '').strip('()')}"
+    for name, value in columns.items()
+  ]
+  config = main._load_config(f"configs/digits.py:{model}", options)
+  r = recipe.resolve(config)
+  assert r.card.overrides == columns
+  recipe.save(r, tmp_path)
+  again = recipe.resolve(recipe.load_config(tmp_path))
+  assert recipe.changes_since(again, tmp_path) == []
+  assert again.model.variant == r.model.variant
+
+
+@pytest.mark.parametrize("source", sources.IN_MEMORY)
+def test_images_that_come_in_their_size_are_not_cropped(source):
+  """Not in training's evaluation, so not in the predictions of its weights."""
+  config = digits.get_config()
+  config.data.source = source
+  config.data.eval_crop, config.data.eval_margin = "padded", 16
+  card = recipe.resolve(config).card
+  assert (card.crop, card.margin) == ("resize", 0)
 
 
 def test_every_recipe_has_a_golden_file_and_each_file_a_recipe():

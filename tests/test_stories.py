@@ -564,6 +564,44 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(
     assert min(picture.size) > 300
 
 
+def test_an_evaluation_may_prepare_images_otherwise(
+  finished, nfnets_here, tmp_path
+):
+  data = load_digits()
+  for digit in range(10):
+    for split, i in (("train", 0), ("test", 1)):
+      folder = tmp_path / split / str(digit)
+      folder.mkdir(parents=True)
+      scan = data.images[np.flatnonzero(data.target == digit)[i]]
+      wide = np.pad((scan / 16 * 255).astype(np.uint8), ((0, 0), (4, 4)))
+      Image.fromarray(wide).resize((64, 32)).save(folder / "x.png")
+
+  def loss(*options):
+    result = nfnets_here("evaluate", "--json", *options)
+    return next(iter(json.loads(_last_line(result)).values()))["loss"]
+
+  of_weights = [
+    f"--weights={finished / 'weights.safetensors'}",
+    "--config=configs/digits.py",
+    "--config.data.source=folder",
+    f"--config.data.dir={tmp_path}",
+    "--config.train.batch_size=2",
+  ]
+  losses = [
+    loss(*of_weights, *options)
+    for options in (
+      [],
+      ["--config.data.eval_crop=padded"],
+      ["--config.data.eval_margin=8"],
+      ["--config.data.test_size=40"],
+    )
+  ]
+  assert len(set(losses)) == len(losses)
+
+  of_run = f"--workdir={finished}"
+  assert loss(of_run) != loss(of_run, "--config.data.test_size=40")
+
+
 def test_details_that_cannot_be_written_are_told_first(
   finished, nfnets_here, tmp_path
 ):
@@ -796,6 +834,22 @@ def test_help_is_quick_and_complete(nfnets):
     (["train", "--config.data.source=digit"], r"data source 'digit': did you"),
     (["train", "--config.train.batch_size=0"], r"batch_size=0: must be more"),
     (["train", "--config.optim.ema_decay=1"], r"ema_decay=1.0: must be"),
+    (["train", "--config.optim.agc_eps=0"], r"agc_eps=0.0: must be more"),
+    (["train", "--config.train.batch_size=None"], r"batch_size=None: invalid"),
+    (
+      [
+        *("train", "--config=configs/finetune.py:imagenet"),
+        "--config.train.epochs=2",
+      ],
+      r"epochs has no effect where config.train.steps=15000: give --config.t",
+    ),
+    (
+      [
+        *("train", "--config=configs/nfnet_pretrain.py"),
+        "--config.optim.warmup_epochs=2",
+      ],
+      r"epochs has no effect where config.optim.warmup_steps=5000: give",
+    ),
     (["train", "--config.train.epochs=inf"], r"epochs=inf: must be more"),
     (["train", "--config.data.mean=1,2"], r"mean=\(1, 2\): must be three"),
     (["train", "--config.data.std=0,0,0"], r"std=.*: must be three numbers"),

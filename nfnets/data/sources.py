@@ -154,3 +154,4 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 _ENCODED = ("folder", "tfds")
+IN_MEMORY = ("digits", "synthetic")  # Of the size that is asked for.

@@ -211,6 +211,11 @@ def variant(name: str, **overrides: Any) -> Variant:
     overrides[column] = _as_type_of(column, getattr(row, column), value)
   row = row._replace(**overrides)
   _FAMILIES[type(row)].check(row)
+  if "se_ratio" in overrides and getattr(row, "attention", "se") != "se":
+    raise InputError(
+      f"se_ratio={row.se_ratio}: {name} has no squeeze-excite, but another "
+      f"attention ({row.attention})"
+    )
   return row
 
 
