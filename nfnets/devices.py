@@ -110,6 +110,26 @@ def wait_for_hosts(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
+def on_all_hosts(function: Callable[[], Any]) -> Any:
+  """What a function returns; its `InputError` on one host is one on all.
+
+  Else the others would wait for it, and end in an error about the network.
+  """
+  error, result = None, None
+  try:
+    result = function()
+  except InputError as e:
+    error = e
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if failed.any() and error is None:
+      others = ", ".join(map(str, np.flatnonzero(failed)))
+      error = InputError(f"process {others} cannot start: it says why")
+  if error is not None:
+    raise error
+  return result
+
+
 def check_agreement(values: dict[str, Any]) -> None:
   """Raises `InputError`, on all hosts, unless they have the same values.
 

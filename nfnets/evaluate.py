@@ -143,7 +143,7 @@ def evaluate(
     params, card = pretrained.load_with_card(weights)
     if card is not None:
       config = _with_card(config, card, given)
-  r = recipe.resolve(config)
+  r = devices.on_all_hosts(lambda: recipe.resolve(config))
   if workdir is not None:
     # Raises for another model or data set.
     recipe.changes_since(r, workdir, may_change=_MAY_CHANGE)

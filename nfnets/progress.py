@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Column
 
 _SECONDS_BETWEEN_LINES = 10.0
+_MUCH_WAITING = 0.1  # Share of the time, from which on it is shown.
 _WIDE = 100  # Columns of a terminal in which the bar fits beside the numbers.
 
 
@@ -80,6 +81,7 @@ class TrainProgress:
     self._batch_size = batch_size
     self._step, self._total = start, total
     self._since: tuple[float, int] | None = None  # Time and step of the clock.
+    self._waited = 0.0  # Seconds of it.
     self._ticker = Ticker(self.say)
     whole = lambda: Column(no_wrap=True)  # What must not be cut.
     bar = [BarColumn(24)] if self._console.width >= _WIDE else []
@@ -116,22 +118,31 @@ class TrainProgress:
 
     There is no speed before the first call.
     """
-    self._since = (time.monotonic(), self._step)
+    self._since, self._waited = (time.monotonic(), self._step), 0.0
+
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    """Around what the next batch is waited for in; much of it is shown."""
+    start = time.monotonic()
+    yield
+    self._waited += time.monotonic() - start
 
   def update(self, step: int, values: dict[str, float]) -> None:
     """Shows the numbers of a finished step."""
     self._step = step
     parts = [f"loss {values['loss']:.3f}", f"acc {values['accuracy']:.1%}"]
-    left = ""
+    left, waited = "", 0.0
     if self._since is not None and step > self._since[1]:
-      seconds_per_step = (time.monotonic() - self._since[0]) / (
-        step - self._since[1]
-      )
+      elapsed = time.monotonic() - self._since[0]
+      seconds_per_step = elapsed / (step - self._since[1])
       parts.append(f"{self._batch_size / seconds_per_step:,.0f} img/s")
+      waited = self._waited / elapsed
       seconds = round((self._total - step) * seconds_per_step)
       left = f"  left {datetime.timedelta(seconds=seconds)}"
     if "clipped/all" in values:
       parts.append(f"clipped {values['clipped/all']:.0%}")
+    if waited > _MUCH_WAITING:
+      parts.append(f"waiting for data {waited:.0%}")
     text = "  ".join(parts)
     self._bar.update(self._task, completed=step, text=text)
     if self._bar.disable and self._ticker.is_due():

@@ -215,10 +215,10 @@ def check_given(config: ConfigDict, given: Sequence[str]) -> None:
   """Raises `UsageError` for a key that somebody gave in vain."""
   for section, what in (("train", ""), ("optim", "warmup_")):
     epochs, steps = (f"{section}.{what}{unit}" for unit in ("epochs", "steps"))
-    if epochs in given and config[section][f"{what}steps"] is not None:
+    num = config[section][f"{what}steps"]  # Goes before epochs.
+    if epochs in given and steps not in given and num is not None:
       raise UsageError(
-        f"--config.{epochs} has no effect where "
-        f"config.{steps}={config[section][f'{what}steps']}: give "
+        f"--config.{epochs} has no effect where config.{steps}={num}: give "
         f"--config.{steps}=None too"
       )
 

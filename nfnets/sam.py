@@ -29,6 +29,10 @@ def ascend(params: Any, gradient: Any, *, rho: float) -> Any:
 
 def part_of(batch: Any, share: float) -> Any:
   """The first images [share * N, ...] of a batch [N, ...], at least one."""
-  num = jax.tree.leaves(batch)[0].shape[0]
-  part = max(1, round(share * num))
+  part = size_of_part(jax.tree.leaves(batch)[0].shape[0], share)
   return jax.tree.map(lambda x: x[:part], batch)
+
+
+def size_of_part(num: int, share: float) -> int:
+  """How many of `num` images that are."""
+  return max(1, round(share * num))

@@ -29,6 +29,7 @@ from nfnets import (
   progress,
   recipe,
   rounds,
+  sam,
   steps,
   stops,
 )
@@ -66,10 +67,11 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
           f"{workdir} holds {found[-1].name} of images that are added to: "
           "choose another --workdir for a run without rounds"
         )
-      return _train(recipe.resolve(config), Path(workdir), stop)
+      r = devices.on_all_hosts(lambda: recipe.resolve(config))
+      return _train(r, Path(workdir), stop)
     config, folder = rounds.choose(config, Path(workdir))
     # Once: the folder may have more images, and classes, when the round ends.
-    r = recipe.resolve(config)
+    r = devices.on_all_hosts(lambda: recipe.resolve(config))
     result = _train(r, folder, stop)
     rounds.report(r, folder)
     return result
@@ -139,6 +141,13 @@ def _train(
       )
     )
     bar.say(_headline(r, mesh, workdir, start, is_over=is_over))
+    if config.optim.sam_rho:
+      num = batch_size // mesh.size // config.train.accumulate
+      part = sam.size_of_part(num, config.optim.sam_share)
+      bar.say(
+        f"SAM: each device climbs by {part} of its {num} images at a time, in "
+        "the paper by 6 of 32"
+      )
     for change in changes:
       bar.say(f"changed since the last start: {change}")
     num_images = r.source.train.num_examples
@@ -175,7 +184,9 @@ def _train(
       bar.say("compiling the train step; of large networks that takes minutes")
     last = start if is_over else r.total_steps
     for step in range(start + 1, last + 1):
-      batch = devices.shard_batch(next(data), mesh)
+      with bar.waiting_for_data():
+        batch = next(data)
+      batch = devices.shard_batch(batch, mesh)
       state, values = programs.train_step(state, batch)
       in_flight.add(step, values)
       if step == start + 1:
@@ -412,17 +423,26 @@ def _evaluate(
   log: metrics.Log | None,
 ) -> evaluate.Result:
   """Raw and averaged weights on the test split; returns the latter's result."""
-  raw, ema = evaluate.over_split(
-    eval_step,
-    {
-      "raw": (state.params, state.state),
-      "EMA": (state.ema_params, state.ema_state),
-    },
-    r.source.test,
-    batch_size=r.config.eval.batch_size,
-    mesh=mesh,
-    tell=bar.evaluating,
-  ).values()
+  try:
+    raw, ema = evaluate.over_split(
+      eval_step,
+      {
+        "raw": (state.params, state.state),
+        "EMA": (state.ema_params, state.ema_state),
+      },
+      r.source.test,
+      batch_size=r.config.eval.batch_size,
+      mesh=mesh,
+      tell=bar.evaluating,
+    ).values()
+  except RuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise InputError(
+      "an evaluation does not fit into the device's memory beside the run: go "
+      "on with a smaller --config.eval.batch_size (now "
+      f"{r.config.eval.batch_size})"
+    ) from error
   step = int(state.step)
   if log is not None:
     values = _as_row(step, "raw", raw) | _as_row(step, "ema", ema)

@@ -213,7 +213,7 @@ def nfnets(environment):
 
 @pytest.fixture
 def nfnets_here(monkeypatch, capsys):
-  """The same within this process: for what ends before anything compiles."""
+  """The same within this process: for what ends before much is compiled."""
   # These hold for all that comes after.
   monkeypatch.setattr(main, "_keep_compiled", lambda: None)
   monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)

@@ -135,6 +135,24 @@ def test_the_bar_keeps_step_and_time(monkeypatch, capsys, width):
     assert "evaluating: 1,024 of 50,000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("seconds", "is_shown"), [(1.0, False), (12.0, True)])
+def test_much_waiting_for_data_is_shown(monkeypatch, capsys, seconds, is_shown):
+  now = [0.0]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(progress, "time", clock)
+  with progress.TrainProgress(start=0, total=9, batch_size=4) as bar:
+    with bar.waiting_for_data():  # Before the clock starts: not counted.
+      now[0] = 30.0
+    bar.restart_clock()
+    with bar.waiting_for_data():
+      now[0] += seconds
+    now[0] = 50.0
+    bar.update(1, {"loss": 6.0, "accuracy": 0.1})
+  shown = capsys.readouterr().out
+  assert "step 1/9" in shown
+  assert ("waiting for data 60%" in shown) == is_shown
+
+
 def test_a_reader_that_went_away_ends_no_run(monkeypatch):
   class Gone(io.StringIO):
     def write(self, text):

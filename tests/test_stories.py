@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from nfnets import checkpoint, stops
+from nfnets import checkpoint, evaluate, stops
 from nfnets.errors import InputError
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
@@ -203,6 +203,21 @@ def test_processes_with_other_settings_are_refused(environment, tmp_path):
       rf"differ in optim.lr_per_256 \(here {value}\): start the same", errors
     )
   assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_start_is_told_to_the_other(
+  environment, tmp_path
+):
+  options = [f"--workdir={tmp_path / 'pod'}", *TINY_RUN]
+  first, second = run_pod(
+    environment,
+    *options,
+    second=["--config.data.source=folder", f"--config.data.dir={tmp_path}/no"],
+  )
+  assert (first[0], second[0]) == (1, 1)
+  assert first[2].endswith("process 1 cannot start: it says why\n")
+  assert "no is no folder: give" in second[2]
 
 
 @pytest.mark.slow
@@ -933,6 +948,20 @@ def test_devices_that_are_not_there(nfnets, tmp_path):
 
 def _snapshot(folder):
   return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_evaluation_that_does_not_fit_beside_a_run_is_told(
+  monkeypatch, nfnets_here, tmp_path
+):
+  def too_large(*_, **__):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(evaluate, "over_split", too_large)
+  more = ["train.steps=1", "train.num_devices=1", "optim.sam_rho=0.05"]
+  options = [*TINY_RUN, *(f"--config.{option}" for option in more)]
+  result = nfnets_here("train", f"--workdir={tmp_path / 'run'}", *options)
+  _fails(result, 1, r"smaller --config.eval.batch_size \(now 360\)")
+  assert "climbs by 13 of its 64 images at a time" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def open_builder(root: Path, name: str) -> Any:
   except ImportError as error:
     raise InputError(
       f"TFDS sets need packages that are missing ({error}): pip install "
-      "'nfnets[tfds]'"
+      "-e '.[tfds]' in the checkout"
     ) from None
   try:
     builder = read_only_builder.builder_from_files(name, data_dir=str(root))
