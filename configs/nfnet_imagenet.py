@@ -21,8 +21,8 @@ the variant table and follows `--config.model.name` too.
 SAM climbs by a fifth of each device's images (appendix A.4), 6 of the 32 on each
 core; with more on a device --config.train.accumulate = batch size / (32 x
 devices) does the same. The paper does not state its radius here; 0.05 is what
-it gives for fine-tuning. F6 was published
-with SAM only, F7 and the wider rows not at all on ImageNet alone.
+it gives for fine-tuning. F6 was published with SAM only, F7 and the wider rows
+not at all on ImageNet alone.
 
 Cost: 112,602 steps of 4,096 images, about 360 epochs, each with a second 4,096
 decoded to be mixed in; on 128 cores F0 needs 2.3 hours of step time, F5 44. Not
