@@ -18,8 +18,8 @@ the variant table and follows `--config.model.name` too.
 | F5_sam | 86.3 | 1958.0 |
 | F6_sam | 86.5 | 2774.1 |
 
-SAM climbs by a fifth of each device's images (appendix A.4), 6 of the 32 on each
-core; with more on a device --config.train.accumulate = batch size / (32 x
+SAM climbs by a fifth of each device's images (appendix A.4), 6 of the 32 on
+each core; with more on a device --config.train.accumulate = batch size / (32 x
 devices) does the same. The paper does not state its radius here; 0.05 is what
 it gives for fine-tuning. F6 was published with SAM only, F7 and the wider rows
 not at all on ImageNet alone.
