@@ -54,8 +54,13 @@ def local(path: str) -> str:
   return os.path.expanduser(path)
 
 
-def check_output(path: Path, endings: Iterable[str]) -> None:
-  """Raises `InputError` for a file that could not be written in the end."""
+def check_output(
+  path: Path, endings: Iterable[str], inputs: Iterable[str | Path] = ()
+) -> None:
+  """Raises `InputError` for a file that could not be written in the end.
+
+  Or that would take the place of one of the inputs.
+  """
   endings = list(endings)
   if path.suffix not in endings:
     raise InputError(
@@ -64,6 +69,12 @@ def check_output(path: Path, endings: Iterable[str]) -> None:
     )
   if not path.absolute().parent.is_dir():
     raise InputError(f"{path}: there is no folder {path.absolute().parent}")
+  if path.exists() and any(
+    os.path.exists(given) and path.samefile(given) for given in inputs
+  ):
+    raise InputError(
+      f"{path} is read, and would be overwritten: give another name"
+    )
 
 
 @contextlib.contextmanager

@@ -59,6 +59,9 @@ def over_split(
 
   Returns:
     Results by kind.
+
+  Raises:
+    InputError: when no image could be read.
   """
   batch_size = min(batch_size, split.num_examples)
   batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -81,6 +84,10 @@ def over_split(
         tell(_add(totals, pending), split.num_examples)
       pending = sums
   _add(totals, pending)
+  if not all(total["count"] for total in totals.values()):
+    raise InputError(
+      f"none of the {split.num_examples:,} images to test with could be read"
+    )
   return {kind: _as_means(total) for kind, total in totals.items()}
 
 

@@ -38,7 +38,7 @@ def export(
   Raises:
     InputError: for another ending, or weights that nobody knows the network of.
   """
-  check_output(out, WRITERS)
+  check_output(out, WRITERS, inputs=[source])
   write = WRITERS[out.suffix]
   if is_int8:
     if write is not pretrained.save:
@@ -120,7 +120,7 @@ def convert(
     InputError: for weights that nobody knows the network of, or that timm has
       no network for.
   """
-  check_output(out, (".safetensors", ".npz"))
+  check_output(out, (".safetensors", ".npz"), inputs=[source])
   path = Path(local(str(source)))
   if path.is_file():
     params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)

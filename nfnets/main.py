@@ -73,7 +73,15 @@ def start() -> int:
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = MALLOC
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-  return main()
+  if sys.stdout is not None and sys.stdout.errors == "strict":
+    # Names that a terminal cannot show are escaped.
+    sys.stdout.reconfigure(errors="backslashreplace")
+  try:
+    return main()
+  except KeyboardInterrupt:
+    print("nfnets: interrupted", file=sys.stderr)
+    # Now: threads that still compile would outlive the interpreter, and crash.
+    os._exit(1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,9 +119,6 @@ def main(argv: list[str] | None = None) -> int:
     if advice := _TO_SAVE_MEMORY.get(args.command):
       text += f"; try {advice}"
     print(f"nfnets {args.command}: {text}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print(f"nfnets {args.command}: interrupted", file=sys.stderr)
     return 1
 
 
@@ -354,12 +359,14 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
     if getattr(args, name) < 1:
       raise UsageError(f"--{name}={getattr(args, name)}: must be at least 1")
   source = _source_of(args, "predict with")
-  if args.grid:
-    check_output(args.grid, _PICTURES)
   from nfnets import predict
   from nfnets.data import images
 
+  if args.grid:
+    check_output(args.grid, _PICTURES)
   found = images.find(args.paths)
+  if args.grid:
+    check_output(args.grid, _PICTURES, inputs=found)
   _check_workdir(args)
   _keep_compiled()
   classifier = predict.Classifier(source, precision=args.precision)

@@ -8,7 +8,7 @@ from nfnets.card import Card
 _WITH_PACKAGE = """\
 from nfnets.predict import Classifier
 
-classifier = Classifier("{name}")
+classifier = Classifier({name})
 for prediction in classifier.predict(["photo.jpg"]):
   print(prediction)
 """
@@ -29,7 +29,7 @@ def prepare(path):
 
 images = np.stack([prepare("photo.jpg")])  # uint8 [N, {size}, {size}, 3]; any N
 {call}
-with open("{name}.md", encoding="utf-8") as file:
+with open({page}, encoding="utf-8") as file:
   card = json.loads(file.read().split("```json")[-1].split("```")[0])
 for values in probabilities:  # float32 [N, {num_classes}]
   for i in np.argsort(-values)[:5]:
@@ -53,14 +53,14 @@ _CALLS = {
   ".stablehlo": (
     "import jax",
     """\
-with open("{name}", "rb") as file:
+with open({name}, "rb") as file:
   program = jax.export.deserialize(bytearray(file.read()))
 probabilities = np.asarray(program.call(images))""",
   ),
   ".onnx": (
     "import onnxruntime",
     """\
-session = onnxruntime.InferenceSession("{name}")
+session = onnxruntime.InferenceSession({name})
 logits, probabilities = session.run(None, {{"images": images}})""",
   ),
 }
@@ -90,7 +90,8 @@ def model_card(card: Card, path: Path, *, is_int8: bool = False) -> str:
   """What a person needs to know to use a file, as Markdown."""
   model = card.make_model()
   numbers = {
-    "name": path.name,
+    "name": _quoted(path.name),
+    "page": _quoted(f"{path.name}.md"),
     "num_classes": model.num_classes,
     "size": card.image_size,
     "full": card.image_size + card.margin,
@@ -128,6 +129,11 @@ def model_card(card: Card, path: Path, *, is_int8: bool = False) -> str:
     f"All of it for programs, names of the classes in the order of the outputs "
     f"included:\n\n```json\n{details}\n```\n"
   )
+
+
+def _quoted(name: str) -> str:
+  """As Python writes it, with double quotes."""
+  return json.dumps(name, ensure_ascii=False)
 
 
 def _listed(values: tuple[float, ...]) -> str:

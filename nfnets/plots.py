@@ -93,8 +93,10 @@ def _save(figure: Any, path: Path, *, dpi: int = 120) -> None:
 
 
 def shortened(name: str, length: int) -> str:
-  """A class's name, cut to so many characters."""
-  return name if len(name) <= length else f"{name[: length - 3]}..."
+  """A class's name for a picture, cut to so many characters."""
+  if len(name) > length:
+    name = f"{name[: length - 3]}..."
+  return name.replace("$", r"\$")  # Else Matplotlib takes it for mathematics.
 
 
 def _without_spikes(values: list[float]) -> float | None:

@@ -313,6 +313,12 @@ def save_tensors(
   elif path.suffix == ".npz":
     if card:
       tensors = tensors | {_CARD_KEY: np.frombuffer(card.encode(), np.uint8)}
+    # NumPy has no name for bfloat16, and would not read it again.
+    is_strange = lambda x: x.dtype.kind == "V"
+    tensors = {
+      key: x.astype(np.float32) if is_strange(x) else x
+      for key, x in tensors.items()
+    }
     with unfinished(path) as partial:
       np.savez(partial, **tensors)
   else:

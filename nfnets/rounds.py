@@ -91,7 +91,13 @@ def report(r: recipe.Recipe, folder: Path) -> None:
   if init_from is None:
     return
   devices.wait_for_hosts("weights")  # One has written them.
-  old, card = pretrained.load_with_card(init_from)
+  load = lambda: pretrained.load_with_card(init_from)
+  try:
+    old, card = devices.on_all_hosts(load)
+  except InputError as error:  # They were moved since the start.
+    if devices.is_first_host():
+      print(f"what was known before cannot be compared: {error}")
+    return
   names = r.card.class_names
   if card is None or not set(card.class_names) & set(names):
     return  # A classifier that has nothing in common.

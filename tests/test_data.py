@@ -445,6 +445,24 @@ def test_a_few_images_are_on_both_sides(tmp_path, num):
         assert bool(tested) == (num > 1)
 
 
+def test_classes_with_names_of_old_archives(tmp_path):
+  for name in ("a", os.fsdecode(b"caf\xe9")):
+    (tmp_path / name).mkdir()
+    for i in range(2):
+      (tmp_path / name / f"{i}.png").touch()
+  listing = folder.scan(tmp_path, held_out_share=0.5)
+  text = folder.fingerprint(listing, tmp_path)
+  assert text.startswith("2 and 2 images in 2 classes, ")
+
+
+def test_a_broken_link_among_images_is_one_that_cannot_be_read(tmp_path):
+  (tmp_path / "a.png").symlink_to("nowhere.png")
+  found = images.find([tmp_path])
+  assert images.find(found) == found
+  with pytest.raises(InputError, match=r"a.png cannot be read"):
+    images.read(found[0])
+
+
 def test_folders_that_cannot_be_used(tmp_path):
   scan = lambda root: folder.scan(root, held_out_share=0.2)
   with pytest.raises(InputError, match=r"absent is no folder: give the one"):

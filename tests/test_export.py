@@ -1,6 +1,7 @@
 """Exports: other runtimes give what JAX gives; the command line's lines."""
 
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -207,6 +208,27 @@ def test_the_script_on_the_model_card_classifies(suffix, crop, tmp_path):
   assert [name for _, name in found] == [name for name, _ in prediction.classes]
   for (percent, _), (_, value) in zip(found, prediction.classes, strict=True):
     assert float(percent) == pytest.approx(100 * value, abs=3)
+
+
+def test_a_name_with_quotes_is_no_other_script():
+  for suffix in export.WRITERS:
+    page = export.model_card(CARD, pathlib.Path(f'my "q" b\\n{suffix}'))
+    script = page.split("```python\n")[1].split("\n```\n")[0]
+    assert json.dumps(f'my "q" b\\n{suffix}') in script
+    compile(script, "script", "exec")
+
+
+def test_weights_are_not_replaced_by_what_is_made_of_them(tmp_path):
+  path = tmp_path / "w.safetensors"
+  pretrained.save(path, _drawn(CARD), CARD)
+  before = path.read_bytes()
+  for write in (
+    lambda: export.export(path, path, is_int8=True),
+    lambda: export.convert(path, path, to="timm", folds_epsilon=False),
+  ):
+    with pytest.raises(InputError, match="is read, and would be overwritten"):
+      write()
+  assert path.read_bytes() == before
 
 
 def test_the_model_card_says_what_a_user_needs(tmp_path):

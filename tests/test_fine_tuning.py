@@ -372,7 +372,7 @@ def test_frozen_parts_keep_their_weights(start, nfnets, tmp_path):
 
 
 def test_a_class_that_arrives_while_a_round_trains_is_of_the_next(
-  start, tmp_path
+  start, tmp_path, capsys
 ):
   photos, folder = tmp_path / "photos", tmp_path / "run" / "round_001"
   _write_digits(photos, (4, 5), slice(0, 40))
@@ -391,6 +391,11 @@ def test_a_class_that_arrives_while_a_round_trains_is_of_the_next(
   rows = json.loads((folder / "growth.json").read_text())
   assert [rows[group]["classes"] for group in rows] == [1, 1, 2]
   assert rows["all classes"]["images"] == r.source.test.num_examples
+
+  # The run is over; that its start is gone by now is no failure.
+  r.config.init_from = str(tmp_path / "gone")
+  rounds.report(r, folder)
+  assert "cannot be compared: " in capsys.readouterr().out
 
 
 def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):

@@ -117,6 +117,12 @@ def test_confusions_of_few_and_many_classes_are_drawn(tmp_path, num):
     assert len(set(image.convert("L").get_flattened_data())) > 50
 
 
+def test_names_are_no_mathematics(tmp_path):
+  path = tmp_path / "confusion.png"
+  plots.save_confusion(np.eye(2, dtype=int), ("a$_$b", "$x$"), path)
+  assert path.stat().st_size > 0
+
+
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_bar_keeps_step_and_time(monkeypatch, capsys, width):
   """In narrow terminals other numbers are cut."""

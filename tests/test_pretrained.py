@@ -53,6 +53,15 @@ def test_arrays_that_lie_otherwise_in_memory_are_saved(
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_bfloat16_is_read_again(tmp_path, params, ending):
+  path = tmp_path / f"weights.{ending}"
+  rounded = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params)
+  pretrained.save(path, rounded, CARD)
+  expected = jax.tree.map(lambda x: x.astype(np.float32), rounded)
+  jax.tree.map(np.testing.assert_array_equal, pretrained.load(path), expected)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
 @pytest.mark.parametrize("card", [CARD, None])
 def test_int8_is_within_half_a_level(tmp_path, params, ending, card):
   path, full = tmp_path / f"weights.{ending}", tmp_path / f"full.{ending}"

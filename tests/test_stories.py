@@ -579,6 +579,7 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(
     assert min(picture.size) > 300
 
 
+@pytest.mark.filterwarnings("ignore:skipped:UserWarning")
 def test_an_evaluation_may_prepare_images_otherwise(
   finished, nfnets_here, tmp_path
 ):
@@ -615,6 +616,23 @@ def test_an_evaluation_may_prepare_images_otherwise(
 
   of_run = f"--workdir={finished}"
   assert loss(of_run) != loss(of_run, "--config.data.test_size=40")
+
+  for path in (tmp_path / "test").glob("*/x.png"):
+    path.write_text("no image")
+  result = nfnets_here("evaluate", *of_weights)
+  _fails(result, 1, r"none of the 10 images to test with could be read")
+
+
+def test_images_are_not_replaced_by_a_picture_of_them(
+  finished, digit_files, nfnets_here
+):
+  path = digit_files / "3.png"
+  before = path.read_bytes()
+  result = nfnets_here(
+    "predict", f"--workdir={finished}", f"--grid={path}", digit_files
+  )
+  _fails(result, 1, r"3.png is read, and would be overwritten: give another")
+  assert path.read_bytes() == before
 
 
 def test_details_that_cannot_be_written_are_told_first(

@@ -113,7 +113,8 @@ def _held_out(files: list[Path], root: Path, share: float) -> set[Path]:
 
 def fingerprint(listing: Listing, root: Path) -> str:
   """Says how many images there are; another one when they are others."""
-  digest = hashlib.sha256("/".join(listing.class_names).encode())
+  names = "/".join(listing.class_names)
+  digest = hashlib.sha256(names.encode(errors="surrogateescape"))
   for part in (listing.train, listing.test):
     for path, label in part:
       name = path.relative_to(root).as_posix()

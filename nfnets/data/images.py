@@ -35,7 +35,7 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     path = Path(given)
     if path.is_dir():
       inside = list(filter(is_image, inside_of(path)))
-    elif path.exists():
+    elif path.exists() or path.is_symlink():  # One that is broken is told so.
       inside = [path]
     elif glob.has_magic(given):
       matches = map(Path, glob.glob(given, recursive=True))
