@@ -24,7 +24,7 @@ import jax
 from jax.sharding import Mesh
 
 from nfnets import devices
-from nfnets.errors import InputError
+from nfnets.errors import InputError, is_out_of_memory
 from nfnets.models import Model
 from nfnets.steps import TrainState
 
@@ -113,7 +113,7 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds.
       self._has_failed = True
-      if _is_of_device(error):
+      if is_out_of_memory(error):
         raise
       # Whatever the manager counts: a folder with its final name is complete.
       steps = [int(p.name) for p in self._root.glob("*") if p.name.isdigit()]
@@ -171,7 +171,7 @@ class Checkpoints:
           "another --workdir"
         ) from error
       self._has_failed = True
-      if _is_of_device(error):
+      if is_out_of_memory(error):
         raise
       if _may_be_whole(error):
         raise InputError(
@@ -210,12 +210,6 @@ def _may_be_whole(error: Exception) -> bool:
     return number not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
   codes = "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
   return re.search(codes, str(error)) is not None
-
-
-def _is_of_device(error: Exception) -> bool:
-  """Whether something did not fit into the device's memory."""
-  is_full = "RESOURCE_EXHAUSTED" in str(error)
-  return isinstance(error, RuntimeError) and is_full
 
 
 def load_weights(workdir: Path, model: Model, mesh: Mesh) -> dict[str, Any]:

@@ -121,13 +121,18 @@ def on_all_hosts(function: Callable[[], Any]) -> Any:
   except InputError as e:
     error = e
   if jax.process_count() > 1:
-    failed = multihost_utils.process_allgather(np.array(error is not None))
-    if failed.any() and error is None:
-      others = ", ".join(map(str, np.flatnonzero(failed)))
-      error = InputError(f"process {others} cannot start: it says why")
+    failed = _processes_where(error is not None)
+    if failed and error is None:
+      error = InputError(f"process {failed} cannot start: it says why")
   if error is not None:
     raise error
   return result
+
+
+def _processes_where(is_so: bool) -> str:
+  """The numbers of those that call it with True; all must call it."""
+  answers = multihost_utils.process_allgather(np.array(is_so))
+  return ", ".join(map(str, np.flatnonzero(answers)))
 
 
 def check_agreement(values: dict[str, Any]) -> None:
@@ -170,11 +175,10 @@ def check_shared(folder: Path) -> None:
   start = time.monotonic()
   while not path.exists() and time.monotonic() - start < _SEEN_IN_SECONDS:
     time.sleep(0.1)
-  seen = multihost_utils.process_allgather(np.array(path.exists()))
+  others = _processes_where(not path.exists())
   if is_first_host():
     path.unlink()
-  if not seen.all():
-    others = ", ".join(map(str, np.flatnonzero(~seen)))
+  if others:
     raise InputError(
       f"{folder} is not the same folder on all hosts (process {others} does "
       "not see what process 0 wrote): --workdir must be on a file system that "

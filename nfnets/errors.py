@@ -54,13 +54,14 @@ def local(path: str) -> str:
   return os.path.expanduser(path)
 
 
-def check_output(
-  path: Path, endings: Iterable[str], inputs: Iterable[str | Path] = ()
-) -> None:
-  """Raises `InputError` for a file that could not be written in the end.
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether something did not fit into the device's memory."""
+  is_full = "RESOURCE_EXHAUSTED" in str(error)
+  return isinstance(error, RuntimeError) and is_full
 
-  Or that would take the place of one of the inputs.
-  """
+
+def check_output(path: Path, endings: Iterable[str]) -> None:
+  """Raises `InputError` for a file that could not be written in the end."""
   endings = list(endings)
   if path.suffix not in endings:
     raise InputError(
@@ -69,6 +70,10 @@ def check_output(
     )
   if not path.absolute().parent.is_dir():
     raise InputError(f"{path}: there is no folder {path.absolute().parent}")
+
+
+def check_keeps(path: Path, inputs: Iterable[str | Path]) -> None:
+  """Raises `InputError` for an output in the place of one of the inputs."""
   if path.exists() and any(
     os.path.exists(given) and path.samefile(given) for given in inputs
   ):

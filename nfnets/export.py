@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from nfnets import models, onnx_graph, pretrained, timm
 from nfnets.augment import Normalization
 from nfnets.card import Card
-from nfnets.errors import InputError, check_output, local, unfinished
+from nfnets.errors import (
+  InputError,
+  check_keeps,
+  check_output,
+  local,
+  unfinished,
+)
 from nfnets.model_card import model_card
 from nfnets.models import plan
 
@@ -38,7 +44,8 @@ def export(
   Raises:
     InputError: for another ending, or weights that nobody knows the network of.
   """
-  check_output(out, WRITERS, inputs=[source])
+  check_output(out, WRITERS)
+  check_keeps(out, [source])
   write = WRITERS[out.suffix]
   if is_int8:
     if write is not pretrained.save:
@@ -120,7 +127,8 @@ def convert(
     InputError: for weights that nobody knows the network of, or that timm has
       no network for.
   """
-  check_output(out, (".safetensors", ".npz"), inputs=[source])
+  check_output(out, (".safetensors", ".npz"))
+  check_keeps(out, [source])
   path = Path(local(str(source)))
   if path.is_file():
     params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)

@@ -23,7 +23,9 @@ from nfnets.errors import (
   InputError,
   StoppedError,
   UsageError,
+  check_keeps,
   check_output,
+  is_out_of_memory,
   local,
   unknown,
 )
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     return os.EX_TEMPFAIL if isinstance(error, StoppedError) else 1
   except RuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not is_out_of_memory(error):
       raise
     text = f"does not fit into the device's memory ({_one_line(error)})"
     if advice := _TO_SAVE_MEMORY.get(args.command):
@@ -366,7 +368,7 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
     check_output(args.grid, _PICTURES)
   found = images.find(args.paths)
   if args.grid:
-    check_output(args.grid, _PICTURES, inputs=found)
+    check_keeps(args.grid, found)
   _check_workdir(args)
   _keep_compiled()
   classifier = predict.Classifier(source, precision=args.precision)

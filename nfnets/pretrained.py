@@ -313,10 +313,9 @@ def save_tensors(
   elif path.suffix == ".npz":
     if card:
       tensors = tensors | {_CARD_KEY: np.frombuffer(card.encode(), np.uint8)}
-    # NumPy has no name for bfloat16, and would not read it again.
-    is_strange = lambda x: x.dtype.kind == "V"
+    # NumPy has no name for bfloat16 ("V"), and would not read it again.
     tensors = {
-      key: x.astype(np.float32) if is_strange(x) else x
+      key: x.astype(np.float32) if x.dtype.kind == "V" else x
       for key, x in tensors.items()
     }
     with unfinished(path) as partial:

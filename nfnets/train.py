@@ -34,7 +34,7 @@ from nfnets import (
   stops,
 )
 from nfnets.data import batches
-from nfnets.errors import InputError, StoppedError
+from nfnets.errors import InputError, StoppedError, is_out_of_memory
 from nfnets.patience import Patience
 
 # Steps given to the devices before the oldest must have finished: enough to
@@ -61,20 +61,24 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   """
   recipe.check(config)
   with stops.on_signal() as stop:
-    if not config.data.grows:
-      if found := cards.rounds_of(Path(workdir)):
-        raise InputError(
-          f"{workdir} holds {found[-1].name} of images that are added to: "
-          "choose another --workdir for a run without rounds"
-        )
-      r = devices.on_all_hosts(lambda: recipe.resolve(config))
-      return _train(r, Path(workdir), stop)
-    config, folder = rounds.choose(config, Path(workdir))
-    # Once: the folder may have more images, and classes, when the round ends.
-    r = devices.on_all_hosts(lambda: recipe.resolve(config))
+    # Once: a folder may have more images, and classes, when the run ends.
+    r, folder = devices.on_all_hosts(lambda: _choose(config, Path(workdir)))
     result = _train(r, folder, stop)
-    rounds.report(r, folder)
+    if r.config.data.grows:
+      rounds.report(r, folder)
     return result
+
+
+def _choose(config: ConfigDict, workdir: Path) -> tuple[recipe.Recipe, Path]:
+  """The run, and its folder: the workdir, or that of one of its rounds."""
+  if config.data.grows:
+    config, workdir = rounds.choose(config, workdir)
+  elif found := cards.rounds_of(workdir):
+    raise InputError(
+      f"{workdir} holds {found[-1].name} of images that are added to: "
+      "choose another --workdir for a run without rounds"
+    )
+  return recipe.resolve(config), workdir
 
 
 def _train(
@@ -436,7 +440,7 @@ def _evaluate(
       tell=bar.evaluating,
     ).values()
   except RuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not is_out_of_memory(error):
       raise
     raise InputError(
       "an evaluation does not fit into the device's memory beside the run: go "
