@@ -111,14 +111,17 @@ def wait_for_hosts(what: str) -> None:
 
 
 def on_all_hosts(function: Callable[[], Any]) -> Any:
-  """What a function returns; its `InputError` on one host is one on all.
+  """What a function returns; what fails on one host fails on all.
 
   Else the others would wait for it, and end in an error about the network.
+
+  Raises:
+    InputError: on the others.
   """
   error, result = None, None
   try:
     result = function()
-  except InputError as e:
+  except (InputError, OSError) as e:
     error = e
   if jax.process_count() > 1:
     failed = _processes_where(error is not None)

@@ -16,7 +16,8 @@ from nfnets import checkpoint, devices, plots, pretrained, recipe, steps
 from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.data.source import Split
-from nfnets.errors import InputError, UsageError, unfinished
+from nfnets.errors import InputError, UsageError
+from nfnets.files import unfinished
 
 
 class Result(NamedTuple):
@@ -110,7 +111,7 @@ def _as_means(total: dict[str, Any]) -> Result:
 
 
 def evaluate(
-  config: ConfigDict | None,
+  config: ConfigDict,
   *,
   workdir: Path | None,
   weights: str | Path | None,
@@ -121,9 +122,9 @@ def evaluate(
   """Evaluates a run's newest checkpoint, or a weights file, on the test split.
 
   Args:
-    config: None: the one of the workdir.
+    config: Of the run, or one that knows the data.
     workdir: A run; its raw and averaged weights are evaluated.
-    weights: Or what `pretrained.load` takes, with a config to know the data.
+    weights: Or what `pretrained.load` takes.
       Network and preparation of images are its card's, if it has one; the size
       of images is the config's, if that has one.
     given: Of `data.eval_crop` and `data.eval_margin` those in which the config
@@ -141,13 +142,10 @@ def evaluate(
   """
   if (workdir is None) == (weights is None):
     raise UsageError("give either a workdir or weights to evaluate")
-  if config is None:
-    if workdir is None:
-      raise UsageError("weights also need a config to know the data")
-    config = recipe.load_config(workdir)
   card = None
   if weights is not None:
-    params, card = pretrained.load_with_card(weights)
+    load = lambda: pretrained.load_with_card(weights)
+    params, card = devices.on_all_hosts(load)
     if card is not None:
       config = _with_card(config, card, given)
   r = devices.on_all_hosts(lambda: recipe.resolve(config))
@@ -163,14 +161,9 @@ def evaluate(
     )
   mesh = devices.make_mesh(config.train.num_devices)
   is_first_host = devices.is_first_host()
-  if details is not None and is_first_host:
-    try:  # Now, rather than when all is computed.
-      details.mkdir(parents=True, exist_ok=True)
-      tempfile.TemporaryFile(dir=details).close()
-    except OSError as error:
-      raise InputError(
-        f"--details={details} cannot be written to ({error.strerror})"
-      ) from None
+  details_here = details if is_first_host else None
+  # Now, rather than when all is computed.
+  devices.on_all_hosts(lambda: _check_details(details_here))
   eval_step = steps.make_eval_step(
     r.model,
     mesh,
@@ -207,9 +200,9 @@ def evaluate(
     mesh=mesh,
     tell=tell if is_first_host else lambda *_: None,
   )
-  if details is not None and is_first_host:
+  if details_here is not None:
     *_, last = results.values()
-    save_details(details, last, r.card.class_names)
+    save_details(details_here, last, r.card.class_names)
   return results
 
 
@@ -234,6 +227,19 @@ def _with_card(
   if config.data.test_size is None:
     config.data.test_size = card.image_size
   return config
+
+
+def _check_details(folder: Path | None) -> None:
+  """Raises for a folder that cannot be written to."""
+  if folder is None:
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    raise InputError(
+      f"--details={folder} cannot be written to ({error.strerror})"
+    ) from None
 
 
 def save_details(

@@ -1,23 +1,18 @@
 """The story of leaving: weights and programs that run without this package."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nfnets import models, onnx_graph, pretrained, timm
+from nfnets import models, onnx_graph, pretrained, runs, timm
 from nfnets.augment import Normalization
 from nfnets.card import Card
-from nfnets.errors import (
-  InputError,
-  check_keeps,
-  check_output,
-  local,
-  unfinished,
-)
+from nfnets.errors import InputError
+from nfnets.files import check_keeps, check_output, local, unfinished
 from nfnets.model_card import model_card
 from nfnets.models import plan
 
@@ -44,8 +39,7 @@ def export(
   Raises:
     InputError: for another ending, or weights that nobody knows the network of.
   """
-  check_output(out, WRITERS)
-  check_keeps(out, [source])
+  _check_out(out, WRITERS, source)
   write = WRITERS[out.suffix]
   if is_int8:
     if write is not pretrained.save:
@@ -62,6 +56,13 @@ def export(
     text = model_card(card, out, is_int8=is_int8)
     partial.write_text(text, encoding="utf-8")
   return [out, page]
+
+
+def _check_out(out: Path, endings: Iterable[str], source: str | Path) -> None:
+  """Raises for a file that cannot be written, or is one of the source's."""
+  check_output(out, endings)
+  path = Path(local(str(source)))
+  check_keeps(out, [path, runs.newest_round(path) / "weights.safetensors"])
 
 
 def save_stablehlo(path: Path, params: Any, card: Card) -> None:
@@ -127,8 +128,7 @@ def convert(
     InputError: for weights that nobody knows the network of, or that timm has
       no network for.
   """
-  check_output(out, (".safetensors", ".npz"))
-  check_keeps(out, [source])
+  _check_out(out, (".safetensors", ".npz"), source)
   path = Path(local(str(source)))
   if path.is_file():
     params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)

@@ -23,12 +23,10 @@ from nfnets.errors import (
   InputError,
   StoppedError,
   UsageError,
-  check_keeps,
-  check_output,
   is_out_of_memory,
-  local,
   unknown,
 )
+from nfnets.files import check_keeps, check_output, local
 
 _CONFIG_HELP = (
   "recipe file, file.py:VARIANT for one of a family; any value of it is "
@@ -94,9 +92,12 @@ def main(argv: list[str] | None = None) -> int:
   warnings.formatwarning = lambda message, *_: f"nfnets: {message}\n"
   try:
     has_config = hasattr(args, "config")
+    several = getattr(args, "paths", getattr(args, "overrides", None))
     for option in rest:
       is_value = not option.startswith("--") or option.startswith("--config.")
-      if not (has_config and is_value):
+      if several is not None and not option.startswith("-"):
+        several.append(option)  # As it comes after another option.
+      elif not (has_config and is_value):
         raise _no_option(parser, args.command, option)
     for name, value in vars(args).items():
       if isinstance(value, Path):
@@ -115,6 +116,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     return os.EX_TEMPFAIL if isinstance(error, StoppedError) else 1
   except RuntimeError as error:
+    if "Unable to initialize backend" in str(error):
+      print(
+        f"nfnets {args.command}: {_one_line(error)}; JAX_PLATFORMS is "
+        f"{os.environ.get('JAX_PLATFORMS')!r}",
+        file=sys.stderr,
+      )
+      return 1
     if not is_out_of_memory(error):
       raise
     text = f"does not fit into the device's memory ({_one_line(error)})"
@@ -293,9 +301,9 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
   workdir = args.workdir or _default_workdir(args.config)
   started = args.workdir
   if args.config is None and started is not None:
-    from nfnets import card
+    from nfnets import runs
 
-    started = card.newest_round(started)
+    started = (runs.rounds_of(started) or [started])[-1]
   config = _load_config(args.config, rest, started)
   _keep_compiled()
   from nfnets import devices, train
@@ -306,14 +314,14 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     devices.check_alone()
   result = train.train(config, workdir)
   if devices.is_first_host():
-    from nfnets import card
+    from nfnets import runs
 
     what = "EMA weights"
     if config.train.patience is not None:
       what = "the best EMA weights, which are kept"
     print(
       f"done: test accuracy {result.top1:.2%} ({what}); "
-      f"weights and curves are in {card.newest_round(workdir)}"
+      f"weights and curves are in {runs.newest_round(workdir)}"
     )
 
 
@@ -323,9 +331,9 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
   if args.weights is not None and args.config is None:
     raise UsageError("--weights also needs a --config to know the data")
   if args.workdir is not None:
-    from nfnets import card
+    from nfnets import runs
 
-    args.workdir = card.newest_round(args.workdir)
+    args.workdir = runs.newest_round(args.workdir)
   config = _load_config(args.config, rest, args.workdir)
   _keep_compiled()
   from nfnets import devices, evaluate, progress
@@ -436,9 +444,9 @@ def _source_of(args: argparse.Namespace, use: str) -> str:
 def _check_workdir(args: argparse.Namespace) -> None:
   """Raises for a --workdir that is none."""
   if args.workdir is not None:
-    from nfnets import card
+    from nfnets import runs
 
-    card.read_config(card.newest_round(args.workdir))
+    runs.read_config(runs.newest_round(args.workdir))
 
 
 def _keep_compiled() -> None:
@@ -537,6 +545,7 @@ def _load_config(
   try:
     extra = values(["nfnets", *argv])[1:]
     config = values["config"].value
+    hasattr(config, "to_dict")  # Raises what kept a recipe from a file.
   except UsageError:
     raise
   except Exception as error:  # A recipe is code, and may do anything.
@@ -566,6 +575,7 @@ def _one_line(error: Exception) -> str:
 
 def _find_config(file: str) -> Path:
   """A recipe by path; one of ours also from any other folder."""
+  file = local(file)
   ours = Path(importlib.util.find_spec("configs").origin).parent.parent
   for path in (Path(file), ours / file):
     if path.is_file():

@@ -17,7 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from nfnets.errors import InputError, unfinished
+from nfnets.errors import InputError
+from nfnets.files import unfinished
 
 Row = dict[str, Any]
 

@@ -147,7 +147,7 @@ class _Graph:
     return self.add("Gemm", [x, w, self.constant(linear["b"])])
 
   def block(self, x: str, block: Block, size: int) -> str:
-    """`shortcut + alpha * skip_gain * f(x * beta)`."""
+    """`shortcut + alpha * skip_gain * f(act(x) * beta)`."""
     path = f"{block.name}/~/"
     gate, shortcut = block.attention, x
     skip_gain = self._weights[f"{self._plan.name}/~/{block.name}"]["skip_gain"]

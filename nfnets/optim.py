@@ -21,6 +21,11 @@ def _is_gain_or_bias(module: str, name: str) -> bool:
   return name in ("scale", "offset", "b") or "gain" in name or "bias" in name
 
 
+def _is_in_classifier(module: str, name: str) -> bool:
+  del name
+  return is_classifier(module)
+
+
 def _is_any(module: str, name: str) -> bool:
   del module, name
   return True
@@ -40,7 +45,7 @@ class Group(NamedTuple):
 # section 4.1 and appendix A; the classifier's weight is better left alone).
 GROUPS = (
   Group("gains and biases", _is_gain_or_bias, clipped=True, decayed=False),
-  Group("classifier weight", is_classifier, clipped=False, decayed=True),
+  Group("classifier weight", _is_in_classifier, clipped=False, decayed=True),
   Group("other weights", _is_any, clipped=True, decayed=True),
 )
 

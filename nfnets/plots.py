@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nfnets import metrics
-from nfnets.errors import unfinished
+from nfnets.files import unfinished
 
 _TRAIN = "#4c78a8"
 _RAW = "#f58518"

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from nfnets import card as cards
-from nfnets import devices, downloads, models, pickles, timm
+from nfnets import devices, downloads, models, pickles, runs, timm
 from nfnets.card import Card
-from nfnets.errors import InputError, local, unfinished, unknown
+from nfnets.errors import InputError, unknown
+from nfnets.files import local, unfinished
 from nfnets.models.plan import is_classifier
 
 Params = dict[str, dict[str, np.ndarray]]
@@ -104,8 +105,8 @@ def load_with_known_card(source: str | Path) -> tuple[Params, Card]:
 
 
 def _load_workdir(workdir: Path) -> tuple[Params, Card]:
-  workdir = cards.newest_round(workdir)
-  card = cards.of_workdir(workdir)
+  workdir = runs.newest_round(workdir)
+  card = runs.card_of(workdir)
   finished = workdir / "weights.safetensors"
   if finished.is_file():
     return load_file(finished)

@@ -14,17 +14,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 from nfnets import card as cards
-from nfnets import models, optim, pretrained, steps
+from nfnets import models, optim, pretrained, runs, steps
 from nfnets.augment import Augment, Normalization, make_augment
 from nfnets.data import images, sources
 from nfnets.data.source import Sizes, Source
-from nfnets.errors import (
-  InputError,
-  UsageError,
-  local,
-  unfinished,
-  unknown,
-)
+from nfnets.errors import InputError, UsageError, unknown
+from nfnets.files import local, unfinished
 
 # What a workdir is bound to, besides the model.
 _FIXED = (
@@ -143,7 +138,11 @@ def _card_of_start(config: ConfigDict) -> cards.Card:
       "starts from: give --config.init_from=WEIGHTS (a file, a workdir or a "
       "published name such as dm_nfnet_f0)"
     )
-  return pretrained.load_with_known_card(config.init_from)[1]
+  params, card = pretrained.load_with_card(config.init_from)
+  if card is None:  # Of other classes, which need no names: they are replaced.
+    model = pretrained.recognize(params, config.init_from)
+    card = cards.for_imagenet(model, config.init_from)
+  return card
 
 
 def check_columns(card: cards.Card) -> None:
@@ -468,9 +467,9 @@ def changes_since(
   """
   old = _flatten(load_config(workdir).to_dict())
   new = _flatten(recipe.config.to_dict())
-  old["classes"] = list(cards.of_workdir(workdir).class_names)
+  old["classes"] = list(runs.card_of(workdir).class_names)
   new["classes"] = list(recipe.card.class_names)
-  derived = cards.read_config(workdir).get("derived", {})
+  derived = runs.read_config(workdir).get("derived", {})
   old["images"] = derived.get("images", recipe.source.fingerprint)
   new["images"] = recipe.source.fingerprint
   # Without AGC the optimiser's state has another structure.
@@ -508,7 +507,7 @@ def save(recipe: Recipe, workdir: Path) -> None:
     },
     indent=2,
   )
-  with unfinished(workdir / cards.CONFIG) as partial:
+  with unfinished(workdir / runs.CONFIG) as partial:
     partial.write_text(text + "\n")
 
 
@@ -520,12 +519,12 @@ def load_config(workdir: Path) -> ConfigDict:
   """
   config = base.get_config()
   try:
-    saved = cards.as_tuples(cards.read_config(workdir)["config"])
+    saved = cards.as_tuples(runs.read_config(workdir)["config"])
     _check_keys(saved)
     config.update(saved)
   except (KeyError, TypeError, UsageError) as error:
     raise InputError(
-      f"{workdir / cards.CONFIG} is no config of this version ({error})"
+      f"{workdir / runs.CONFIG} is no config of this version ({error})"
     ) from None
   return config
 

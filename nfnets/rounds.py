@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from nfnets import card as cards
-from nfnets import devices, evaluate, pretrained, recipe, steps
-from nfnets.errors import InputError, local, unfinished
+from nfnets import devices, evaluate, pretrained, recipe, runs, steps
+from nfnets.errors import InputError
+from nfnets.files import local, unfinished
 
 # Of classes that a round did not know: none is ever recognised.
 _NEVER = -1e9
@@ -34,13 +34,13 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   """
   config = config.copy_and_resolve_references()
   path = workdir.resolve()
-  is_round = path in cards.rounds_of(path.parent)
-  if not is_round and (workdir / cards.CONFIG).is_file():
+  is_round = path in runs.rounds_of(path.parent)
+  if not is_round and (workdir / runs.CONFIG).is_file():
     raise InputError(
       f"{workdir} holds another run, one without rounds: choose another "
       "--workdir for images that are added to (config.data.grows)"
     )
-  rounds = cards.rounds_of(path.parent if is_round else workdir)
+  rounds = runs.rounds_of(path.parent if is_round else workdir)
   if not rounds:
     return config, workdir / "round_001"
   last = workdir if is_round else rounds[-1]
@@ -56,14 +56,14 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
     name: saved.data[name] if config.data[name] is None else config.data[name]
     for name in ("train_size", "test_size")
   }
-  config = recipe.fill(config, cards.of_workdir(last))
+  config = recipe.fill(config, runs.card_of(last))
   config.data.update(sizes)
   config.init_from = saved.init_from
   found = recipe.resolve(config).source.fingerprint
-  if is_round or found == cards.read_config(last)["derived"]["images"]:
+  if is_round or found == runs.read_config(last)["derived"]["images"]:
     return config, last
-  newest = cards.newest_round(workdir)
-  if cards.has_weights(newest):
+  newest = runs.newest_round(workdir)
+  if runs.has_weights(newest):
     config.init_from = str(newest)
   if devices.is_first_host():
     print(

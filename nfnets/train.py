@@ -18,7 +18,6 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfnets import card as cards
 from nfnets import (
   checkpoint,
   devices,
@@ -29,10 +28,12 @@ from nfnets import (
   progress,
   recipe,
   rounds,
+  runs,
   sam,
   steps,
   stops,
 )
+from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.errors import InputError, StoppedError, is_out_of_memory
 from nfnets.patience import Patience
@@ -73,7 +74,7 @@ def _choose(config: ConfigDict, workdir: Path) -> tuple[recipe.Recipe, Path]:
   """The run, and its folder: the workdir, or that of one of its rounds."""
   if config.data.grows:
     config, workdir = rounds.choose(config, workdir)
-  elif found := cards.rounds_of(workdir):
+  elif found := runs.rounds_of(workdir):
     raise InputError(
       f"{workdir} holds {found[-1].name} of images that are added to: "
       "choose another --workdir for a run without rounds"
@@ -95,6 +96,7 @@ def _train(
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir} is a file: --workdir is a folder")
   devices.check_shared(workdir)
+  _check_place_of_weights(workdir, config.init_from)
   changes = []
   if (workdir / "checkpoints").is_dir() and any(
     (workdir / "checkpoints").iterdir()
@@ -102,7 +104,10 @@ def _train(
     changes = recipe.changes_since(r, workdir)
   with contextlib.ExitStack() as stack:
     if is_first_host:
-      stack.enter_context(checkpoint.locked(workdir))
+      enter = lambda: stack.enter_context(checkpoint.locked(workdir))
+    else:
+      enter = lambda: None
+    devices.on_all_hosts(enter)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
@@ -302,7 +307,8 @@ def _start_from(
   source: str, state: steps.TrainState, r: recipe.Recipe, mesh: Mesh
 ) -> steps.TrainState:
   """A fresh state with other weights."""
-  params, card = pretrained.load_with_card(source)
+  load = lambda: pretrained.load_with_card(source)
+  params, card = devices.on_all_hosts(load)
   params = pretrained.transfer(
     params,
     jax.device_get(state.params),
@@ -317,12 +323,23 @@ def _start_from(
   )
 
 
-def _ema_weights(
-  state: steps.TrainState, r: recipe.Recipe
-) -> tuple[Any, cards.Card]:
+def _ema_weights(state: steps.TrainState, r: recipe.Recipe) -> tuple[Any, Card]:
   """The averaged weights, with the published names, and what they are."""
   params = r.model.unstack(jax.device_get(state.ema_params))
   return params, r.card._replace(step=int(state.step))
+
+
+def _check_place_of_weights(workdir: Path, init_from: str | None) -> None:
+  """Raises for weights that are not the run's, where it puts its own."""
+  path = workdir / "weights.safetensors"
+  is_start = (
+    init_from is not None and path.resolve() == Path(init_from).resolve()
+  )
+  if path.is_file() and (is_start or pretrained.step_of(path) is None):
+    raise InputError(
+      f"{path} is not of this run, which puts its own weights there: move it, "
+      "or choose another --workdir"
+    )
 
 
 def _remove_weights(workdir: Path, start: int) -> None:
@@ -333,7 +350,7 @@ def _remove_weights(workdir: Path, start: int) -> None:
   """
   path = workdir / "weights.safetensors"
   step = pretrained.step_of(path)
-  if step not in (None, start):
+  if step is not None and step != start:
     path.replace(path.with_name(f"weights_{step}.safetensors"))
   path.unlink(missing_ok=True)
 
@@ -427,18 +444,18 @@ def _evaluate(
   log: metrics.Log | None,
 ) -> evaluate.Result:
   """Raw and averaged weights on the test split; returns the latter's result."""
+  weights = {"raw": (state.params, state.state)}
+  if r.config.optim.ema_decay:  # Else the averages are the weights.
+    weights["EMA"] = (state.ema_params, state.ema_state)
   try:
-    raw, ema = evaluate.over_split(
+    results = evaluate.over_split(
       eval_step,
-      {
-        "raw": (state.params, state.state),
-        "EMA": (state.ema_params, state.ema_state),
-      },
+      weights,
       r.source.test,
       batch_size=r.config.eval.batch_size,
       mesh=mesh,
       tell=bar.evaluating,
-    ).values()
+    )
   except RuntimeError as error:
     if not is_out_of_memory(error):
       raise
@@ -447,6 +464,8 @@ def _evaluate(
       "on with a smaller --config.eval.batch_size (now "
       f"{r.config.eval.batch_size})"
     ) from error
+  raw = results["raw"]
+  ema = results.get("EMA", raw)
   step = int(state.step)
   if log is not None:
     values = _as_row(step, "raw", raw) | _as_row(step, "ema", ema)

@@ -11,7 +11,7 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
-from nfnets.errors import unfinished
+from nfnets.files import unfinished
 
 TEXTS = {
   "ours": "ours",

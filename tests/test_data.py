@@ -1,5 +1,6 @@
 """Data: order, position, sharding, padding, image files, preprocessing."""
 
+import errno
 import io
 import os
 import pathlib
@@ -453,6 +454,39 @@ def test_classes_with_names_of_old_archives(tmp_path):
   listing = folder.scan(tmp_path, held_out_share=0.5)
   text = folder.fingerprint(listing, tmp_path)
   assert text.startswith("2 and 2 images in 2 classes, ")
+  # Files and pictures can be written with what the rest is told.
+  source = sources.load("folder", sizes=SIZES, directory=str(tmp_path))
+  assert source.class_names == ("a", r"caf\xe9")
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+  _make_folder(tmp_path, ("ant", "bee"), 2)
+  list_folder = os.scandir
+
+  def fail(path):
+    if str(path).endswith("bee"):
+      raise OSError(errno.ESTALE, "Stale file handle", str(path))
+    return list_folder(path)
+
+  monkeypatch.setattr(os, "scandir", fail)
+  for read in (
+    lambda: folder.scan(tmp_path, held_out_share=0.5),
+    lambda: images.find([tmp_path]),
+  ):
+    with pytest.raises(OSError, match=r"Stale file handle: .*bee"):
+      read()
+
+
+def test_a_class_that_is_called_train(tmp_path):
+  _make_folder(tmp_path, ("bus", "train"), 4)
+  scan = lambda: folder.scan(tmp_path, held_out_share=0.5)
+  assert scan().class_names == ("bus", "train")
+  _make_folder(tmp_path / "train", ("steam", "diesel"), 4)
+  with pytest.raises(InputError, match=r"train holds folders and images"):
+    scan()
+  for path in (tmp_path / "train").glob("*.jpg"):
+    path.unlink()
+  assert scan().class_names == ("diesel", "steam")
 
 
 def test_a_broken_link_among_images_is_one_that_cannot_be_read(tmp_path):

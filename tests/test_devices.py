@@ -120,6 +120,27 @@ print(jax.process_count(), jax.config._read("jax_cuda_visible_devices"))"""
   assert result.stdout.split() == ["1", visible], result.stderr
 
 
+@pytest.mark.parametrize("error", [InputError("no"), OSError("stale"), None])
+def test_what_fails_on_one_host_is_told_to_the_others(error, monkeypatch):
+  told = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    devices, "_processes_where", lambda is_so: told.append(is_so) or ""
+  )
+
+  def start():
+    if error is not None:
+      raise error
+    return "started"
+
+  if error is None:
+    assert devices.on_all_hosts(start) == "started"
+  else:
+    with pytest.raises(type(error), match=str(error)):
+      devices.on_all_hosts(start)
+  assert told == [error is not None]
+
+
 def test_an_address_without_a_port_is_one_clear_line(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
   with pytest.raises(InputError, match=r"ADDRESS=host0 has no port: write"):

@@ -231,6 +231,26 @@ def test_weights_are_not_replaced_by_what_is_made_of_them(tmp_path):
   assert path.read_bytes() == before
 
 
+def test_nor_are_those_of_a_run_or_of_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  rounds = tmp_path / "run" / "round_001"
+  rounds.mkdir(parents=True)
+  (rounds / "config.json").touch()
+  for source, out in (
+    ("~/w.safetensors", tmp_path / "w.safetensors"),
+    (tmp_path, tmp_path / "weights.safetensors"),
+    (tmp_path / "run", rounds / "weights.safetensors"),
+  ):
+    out.write_bytes(b"kept")
+    for write in (
+      lambda s, o: export.export(s, o, is_int8=True),
+      lambda s, o: export.convert(s, o, folds_epsilon=False),
+    ):
+      with pytest.raises(InputError, match="is read, and would be overwritten"):
+        write(source, out)
+    assert out.read_bytes() == b"kept"
+
+
 def test_the_model_card_says_what_a_user_needs(tmp_path):
   weights = tmp_path / "w.safetensors"
   pretrained.save(weights, _drawn(CARD), CARD)

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 
 from configs import base, finetune
 from nfnets import card as cards
-from nfnets import models, pretrained, recipe, rounds
+from nfnets import models, pretrained, recipe, rounds, train
 from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
@@ -259,6 +259,32 @@ def test_a_round_goes_on_at_its_own_sizes(start, tmp_path):
   for given in (workdir, folder):
     with pytest.raises(InputError, match=r"began with .*for dm_nfnet_f1 choo"):
       rounds.choose(config, given)
+
+
+def test_a_round_goes_on_with_its_own_settings(
+  tmp_path, nfnets_here, monkeypatch
+):
+  """Of the workdir alone, though it has no weights yet."""
+  _write_digits(tmp_path / "photos", (5, 6), slice(0, 10))
+  config = base.get_config()
+  config.data.source, config.data.dir = "folder", str(tmp_path / "photos")
+  config.data.grows = True
+  workdir = tmp_path / "run"
+  for number, rate in ((1, 0.5), (2, 0.25)):
+    config.optim.lr_per_256 = rate
+    folder = workdir / f"round_00{number}"
+    folder.mkdir(parents=True)
+    recipe.save(recipe.resolve(config), folder)
+  (workdir / "round_001" / "weights.safetensors").touch()
+  found = []
+
+  def stop(config, workdir):
+    found.append((config.optim.lr_per_256, workdir))
+    raise InputError("enough")
+
+  monkeypatch.setattr(train, "train", stop)
+  assert nfnets_here("train", f"--workdir={workdir}").returncode == 1
+  assert found == [(0.25, workdir)]
 
 
 def test_a_run_and_rounds_do_not_share_a_workdir(start, nfnets_here, tmp_path):
@@ -506,8 +532,25 @@ def _card():
   return cards.for_imagenet(models.make("nfnet_f0"), "made up")
 
 
+def test_weights_whose_classes_have_no_names_are_a_start(tmp_path):
+  """As timm's for other sets than ImageNet's thousand."""
+  _write_digits(tmp_path / "photos", (5, 6), slice(0, 10))
+  model = models.make("nfnet_l0", 3)
+  path = tmp_path / "l0.npz"
+  pretrained.save(path, draw_params(param_shapes(model)), card=None)
+  config = finetune.get_config("folder")
+  config.init_from, config.data.dir = str(path), str(tmp_path / "photos")
+  r = recipe.resolve(config)
+  assert (r.model.name, r.model.num_classes) == ("nfnet_l0", 2)
+  published = cards.for_imagenet(models.make("nfnet_l0"), "")
+  names = ("image_size", "crop", "margin", "mean", "std")
+  for name in names:
+    assert getattr(r.card, name) == getattr(published, name)
+
+
 def test_any_key_may_be_left_open_but_the_network_must_be_known(tmp_path):
   config = base.get_config()
   config.model.name = None
-  with pytest.raises(InputError, match=r"takes network and preprocessing from"):
-    recipe.resolve(config)
+  for given in (config, finetune.get_config("imagenet")):
+    with pytest.raises(InputError, match=r"takes network and preprocessing fr"):
+      recipe.resolve(given)

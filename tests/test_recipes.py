@@ -11,7 +11,17 @@ import pytest
 from conftest import REFERENCE
 
 from configs import digits, finetune, nfnet_imagenet, nfnet_pretrain
-from nfnets import devices, main, models, optim, recipe, steps, train
+from nfnets import (
+  devices,
+  evaluate,
+  main,
+  models,
+  optim,
+  progress,
+  recipe,
+  steps,
+  train,
+)
 from nfnets.data import sources
 from nfnets.data.source import Sizes
 from nfnets.errors import InputError
@@ -161,6 +171,25 @@ def test_every_setting_reaches_what_computes(monkeypatch):
   train._make_programs(recipe.resolve(config), devices.make_mesh(1))
   found = {key: given[name] for key, (name, _) in expected.items()}
   assert found == {key: value for key, (_, value) in expected.items()}
+
+
+def test_without_averages_weights_are_evaluated_once(monkeypatch):
+  kinds = []
+
+  def over_split(eval_step, weights, *_, **__):
+    kinds.append(list(weights))
+    return dict.fromkeys(weights, evaluate.Result(1.0, 0.5, 0.9, 10))
+
+  monkeypatch.setattr(evaluate, "over_split", over_split)
+  state = steps.TrainState(1, *[None] * (len(steps.TrainState._fields) - 1))
+  bar = progress.TrainProgress(start=0, total=1, batch_size=1, is_shown=False)
+  for decay in (0.0, 0.99):
+    config = digits.get_config()
+    config.optim.ema_decay = decay
+    r = recipe.resolve(config)
+    result = train._evaluate(r, None, state, None, bar, log=None)
+    assert result.top1 == 0.5
+  assert kinds == [["raw"], ["raw", "EMA"]]
 
 
 def test_a_workdir_belongs_to_what_the_readme_says(tmp_path):

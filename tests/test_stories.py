@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from nfnets import checkpoint, evaluate, stops
+from nfnets import checkpoint, evaluate, main, pretrained, stops
 from nfnets.errors import InputError
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
@@ -371,6 +371,23 @@ def test_a_workdir_in_use_is_refused(copy, nfnets_here):
   assert _snapshot(copy) == before
 
 
+@pytest.mark.parametrize("is_start", [True, False])
+def test_weights_that_are_not_the_runs_are_left_alone(
+  is_start, finished, nfnets_here, tmp_path
+):
+  path = tmp_path / "weights.safetensors"
+  params, card = pretrained.load_file(finished / "weights.safetensors")
+  if not is_start:
+    card = card._replace(step=None)  # As of `nfnets convert`.
+  pretrained.save(path, params, card)
+  before = path.read_bytes()
+  options = [f"--config.init_from={path}"] if is_start else []
+  result = nfnets_here("train", f"--workdir={tmp_path}", *TINY_RUN, *options)
+  _fails(result, 1, r"weights.safetensors is not of this run, which puts its ")
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
+
+
 def test_who_has_a_workdir_is_told(tmp_path):
   """Twice: the lock is free again, and names nobody."""
   path = tmp_path / ".lock"
@@ -517,6 +534,12 @@ def test_a_first_start_that_failed_does_not_bind_its_workdir(nfnets, tmp_path):
   _last_line(nfnets("train", f"--workdir={tmp_path}", *options))
 
 
+def test_a_recipe_in_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "mine.py").touch()  # The shell leaves ~ in --config=~/mine.py.
+  assert main._find_config("~/mine.py") == tmp_path / "mine.py"
+
+
 def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
   recipe = tmp_path / "mine.py"
   text = (
@@ -526,6 +549,7 @@ def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
     ("  c.train.epoch = 10\n  return c\n", r"'epoch': did you mean 'epochs'"),
     ("  return {}\n", r"the recipe returns a dict: start it from configs.base"),
     ("  return c(\n", r"never closed"),
+    ("  return open('absent')\n", r"No such file or directory: 'absent'"),
   ):
     recipe.write_text(text + lines)
     _fails(nfnets("train", f"--config={recipe}", cwd=tmp_path), 2, pattern)
@@ -724,6 +748,12 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
   assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
 
 
+def test_paths_may_stand_on_both_sides_of_an_option(digit_files, nfnets_here):
+  paths = digit_files / "3.png", "--top=1", digit_files / "absent.png"
+  result = nfnets_here("predict", *paths, "--workdir=absent")
+  _fails(result, 1, r"absent.png does not exist: give image files or folders")
+
+
 def test_a_reader_that_has_enough_is_no_error(environment):
   """As in `nfnets predict ... | head`: nothing is said of it."""
   command = [sys.executable, "-m", "nfnets.main", "info"]
@@ -787,6 +817,8 @@ def test_info(nfnets, nfnets_here):
   assert "367.41G" in paper
   groups = nfnets_here("info", "--groups").stdout
   assert re.search(r"classifier weight +no +yes +1 +3,072,000", groups)
+  groups = nfnets_here("info", "nfnet_f0", "--groups", "num_classes=10").stdout
+  assert re.search(r"classifier weight +no +yes +1 +30,720", groups)
 
 
 def _commands_of_the_readme():
@@ -961,6 +993,8 @@ def test_what_cannot_be_done(arguments, pattern, nfnets_here, tmp_path):
 def test_devices_that_are_not_there(nfnets, tmp_path):
   result = nfnets("train", "--config.train.num_devices=3", cwd=tmp_path)
   _fails(result, 1, r"3 devices .* there are 1")
+  result = nfnets("train", cwd=tmp_path, JAX_PLATFORMS="rocm")
+  _fails(result, 1, r"'rocm'.*; JAX_PLATFORMS is 'rocm'")
   assert list(tmp_path.iterdir()) == []
 
 

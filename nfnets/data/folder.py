@@ -49,7 +49,7 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
       f"{root} is no folder: give the one with train/CLASS/x.jpg or "
       "CLASS/x.jpg as --config.data.dir"
     )
-  train_root = root / "train" if (root / "train").is_dir() else root
+  train_root = root / "train" if _is_part(root / "train") else root
   found = _by_class(train_root)
   names = tuple(found)
   if len(names) < 2:
@@ -94,6 +94,22 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
     test += [(path, label) for path in files if path in held_out]
     train += [(path, label) for path in files if path not in held_out]
   return Listing(names, train, test)
+
+
+def _is_part(folder: Path) -> bool:
+  """Whether it holds classes, rather than images as a class does."""
+  if not folder.is_dir():
+    return False
+  inside = [path for path in folder.iterdir() if path.name[0] != "."]
+  loose = list(filter(images.is_image, inside))
+  is_part = any(path.is_dir() for path in inside)
+  if loose and is_part:
+    raise InputError(
+      f"{folder} holds folders and images beside them, such as "
+      f"{loose[0].name}: as the part to train on it must have folders of "
+      "classes alone, as a class images alone"
+    )
+  return is_part or not loose
 
 
 def _held_out(files: list[Path], root: Path, share: float) -> set[Path]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from nfnets.data import crops
-from nfnets.errors import InputError, local
+from nfnets.errors import InputError
+from nfnets.files import local
 
 SUFFIXES = (
   *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -54,9 +55,16 @@ def inside_of(folder: Path) -> list[Path]:
   """All that is below a folder and not hidden, as `.name` and in `.name/`.
 
   Such are the copies that notebooks keep, and what Macs put beside each file.
+
+  Raises:
+    OSError: for a folder that cannot be read, rather than leaving it out.
   """
+
+  def fail(error: OSError) -> None:
+    raise error
+
   found = []
-  for root, folders, files in os.walk(folder):
+  for root, folders, files in os.walk(folder, onerror=fail):
     folders[:] = [name for name in folders if name[0] != "."]
     found += [Path(root, name) for name in files if name[0] != "."]
   return found

@@ -1,5 +1,6 @@
 """Data sets by name: the one table, and what each is made from."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,7 +129,13 @@ def _folder(
       len(files), fetch, sizes=sizes, pool=pool, broken=broken
     )
 
-  names = imagenet.readable(listing.class_names)
+  # Of names in an old encoding the bytes that are no text become `\\xe9`.
+  names = imagenet.readable(
+    [
+      os.fsencode(name).decode(errors="backslashreplace")
+      for name in listing.class_names
+    ]
+  )
   return Source(
     names,
     split(listing.train),

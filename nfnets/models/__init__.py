@@ -117,7 +117,11 @@ class Model(NamedTuple):
     if self.execution.is_scanned:
       unstack = functools.partial(stacked.unstack, self.plan)
       return self._map_params(unstack, tree)
-    return self._map_params(self.unpack, tree)
+    unpack = functools.partial(packed.unpack, self.plan, self.num_classes)
+    return self._map_params(
+      lambda params: unpack(params) if packed.is_packed(params) else params,
+      tree,
+    )
 
   def lay_out(self, params: hk.Params, dtype: Any) -> Any:
     """Weights of a folded network as a GPU reads them; elsewhere as they are.
@@ -130,12 +134,6 @@ class Model(NamedTuple):
       What `apply` takes in place of parameters.
     """
     return packed.turn(params, dtype) if self.is_packed else params
-
-  def unpack(self, params: hk.Params) -> hk.Params:
-    """Of parameters, packed or not; a function that has a gradient."""
-    if not packed.is_packed(params):
-      return params
-    return packed.unpack(self.plan, self.num_classes, params)
 
   def _map_params(
     self, function: Callable[[hk.Params], hk.Params], tree: Any

@@ -63,10 +63,7 @@ def pack(plan: Plan, params: Params) -> Params:
 
 
 def unpack(plan: Plan, num_classes: int, params: Params) -> Params:
-  """Back, with the published names.
-
-  In a program cuts have a gradient that is one operation for each array.
-  """
+  """Back, with the published names."""
   found: Params = {module: {} for module in plans.shapes(plan, num_classes)}
   for array, places in _arrays(plan, num_classes, params):
     _take_apart(array, places, found)

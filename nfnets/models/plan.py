@@ -303,7 +303,6 @@ def stage_of(plan: Plan, module: str) -> str:
   return "stem" if is_stem else "head"
 
 
-def is_classifier(module: str, name: str = "w") -> bool:
-  """Whether a parameter is the last layer's."""
-  del name
+def is_classifier(module: str) -> bool:
+  """Whether it is the last layer."""
   return "linear" in module and "squeeze_excite" not in module
