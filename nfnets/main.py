@@ -115,21 +115,31 @@ def main(argv: list[str] | None = None) -> int:
   except (InputError, OSError) as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     return os.EX_TEMPFAIL if isinstance(error, StoppedError) else 1
-  except RuntimeError as error:
-    if "Unable to initialize backend" in str(error):
-      print(
-        f"nfnets {args.command}: {_one_line(error)}; JAX_PLATFORMS is "
-        f"{os.environ.get('JAX_PLATFORMS')!r}",
-        file=sys.stderr,
+  except (RuntimeError, AssertionError) as error:
+    if is_out_of_memory(error):
+      text = f"does not fit into the device's memory ({_one_line(error)})"
+      if advice := _TO_SAVE_MEMORY.get(args.command):
+        text += f"; try {advice}"
+    elif not _has_devices():
+      given = os.environ.get("JAX_PLATFORMS")
+      text = (
+        f"JAX finds no device (JAX_PLATFORMS is {given!r}): install what it "
+        "needs (`pip install -e '.[cuda]'` in the checkout, or tpu), or leave "
+        "JAX_PLATFORMS unset"
       )
-      return 1
-    if not is_out_of_memory(error):
+    else:
       raise
-    text = f"does not fit into the device's memory ({_one_line(error)})"
-    if advice := _TO_SAVE_MEMORY.get(args.command):
-      text += f"; try {advice}"
     print(f"nfnets {args.command}: {text}", file=sys.stderr)
     return 1
+
+
+def _has_devices() -> bool:
+  import jax
+
+  try:
+    return bool(jax.devices())
+  except (RuntimeError, AssertionError):  # Of a platform that JAX has not.
+    return False
 
 
 def _no_option(
@@ -545,7 +555,7 @@ def _load_config(
   try:
     extra = values(["nfnets", *argv])[1:]
     config = values["config"].value
-    hasattr(config, "to_dict")  # Raises what kept a recipe from a file.
+    hasattr(config, "to_dict")  # Raises if a recipe could not open a file.
   except UsageError:
     raise
   except Exception as error:  # A recipe is code, and may do anything.

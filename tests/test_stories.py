@@ -993,8 +993,9 @@ def test_what_cannot_be_done(arguments, pattern, nfnets_here, tmp_path):
 def test_devices_that_are_not_there(nfnets, tmp_path):
   result = nfnets("train", "--config.train.num_devices=3", cwd=tmp_path)
   _fails(result, 1, r"3 devices .* there are 1")
-  result = nfnets("train", cwd=tmp_path, JAX_PLATFORMS="rocm")
-  _fails(result, 1, r"'rocm'.*; JAX_PLATFORMS is 'rocm'")
+  for platform in ("rocm", "none_such"):
+    result = nfnets("train", cwd=tmp_path, JAX_PLATFORMS=platform)
+    _fails(result, 1, rf"finds no device \(JAX_PLATFORMS is '{platform}'\)")
   assert list(tmp_path.iterdir()) == []
 
 
