@@ -165,9 +165,10 @@ def adaptive_grad_clip(
     return [part_of(as_text(path)) for path, _ in paths]
 
   def init(params):
-    zero = jnp.zeros((), jnp.float32)
+    # Arrays of their own, as who donates the state must have them.
+    zero = lambda: jnp.zeros((), jnp.float32)
     names = sorted({"all", *parts(params)})
-    return AGCState({name: Statistics(zero, zero) for name in names})
+    return AGCState({name: Statistics(zero(), zero()) for name in names})
 
   def update(updates, state, params=None):
     if params is None:
@@ -207,7 +208,9 @@ def _summarize(
     grad_norm, param_norm = map(jnp.concatenate, zip(*norms, strict=True))
     ratio = (grad_norm / param_norm).astype(jnp.float32)  # [units]
     count = jnp.sum(ratio > clipping, dtype=jnp.float32)
-    found[part] = Statistics(count / ratio.size, jnp.max(ratio))
+    found[part] = Statistics(
+      count / max(ratio.size, 1), jnp.max(ratio, initial=0)
+    )
     num_units, num_clipped = num_units + ratio.size, num_clipped + count
     largest = jnp.maximum(largest, found[part].max_ratio)
   found["all"] = Statistics(num_clipped / max(num_units, 1), largest)

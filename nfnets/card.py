@@ -30,10 +30,18 @@ class Card(NamedTuple):
   source: str = ""  # Where the weights are from.
   step: int | None = None  # Updates made, of a run of `nfnets train`.
 
-  def make_model(self, **execution: Any) -> models.Model:
-    """The network that the weights fit; see `models.make` for `execution`."""
-    num_classes = len(self.class_names)
-    return models.make(self.model, num_classes, **execution, **self.overrides)
+  def make_model(
+    self, num_classes: int | None = None, **options: Any
+  ) -> models.Model:
+    """The network that the weights fit, unless told otherwise.
+
+    Args:
+      num_classes: None: those of the card.
+      options: See `models.make`.
+    """
+    if num_classes is None:
+      num_classes = len(self.class_names)
+    return models.make(self.model, num_classes, **(self.overrides | options))
 
   @classmethod
   def from_json(cls, text: str | bytes, origin: str) -> "Card":

@@ -41,11 +41,11 @@ class Checkpoints:
     keep: How many of the newest to keep; None: this only reads.
   """
 
-  def __init__(self, workdir: Path, *, keep: int | None = None):
+  def __init__(self, workdir: str | Path, *, keep: int | None = None):
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
-    self._root = workdir.resolve() / "checkpoints"
+    self._root = Path(workdir).resolve() / "checkpoints"
     self._has_failed = False
     self._filter = lambda record: not record.exc_info
     self._manager = ocp.CheckpointManager(
@@ -161,6 +161,8 @@ class Checkpoints:
 
   def _restore(self, **items: Any) -> Any:
     step = self.latest_step()
+    if step is None:
+      raise InputError(f"{self.folder(0).parent} holds no checkpoint yet")
     try:
       return self._manager.restore(step, args=self._ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds.
@@ -212,7 +214,9 @@ def _may_be_whole(error: Exception) -> bool:
   return re.search(codes, str(error)) is not None
 
 
-def load_weights(workdir: Path, model: Model, mesh: Mesh) -> dict[str, Any]:
+def load_weights(
+  workdir: str | Path, model: Model, mesh: Mesh
+) -> dict[str, Any]:
   """Weights of a run's newest checkpoint, on the devices.
 
   Returns:

@@ -136,7 +136,7 @@ def products(x, w, *, stride, groups, padding):
     x = x[:, ::stride, ::stride]
     out = _as_matrix(x) @ w[0, 0].astype(x.dtype)
     return out.reshape(*x.shape[:3], w.shape[-1])
-  return _by_group(x, _varying_with(x, w), **options)
+  return _by_group(x, varying_with(x, w), **options)
 
 
 def portable(x, w, *, stride, groups, padding):
@@ -170,7 +170,7 @@ def _by_group(x, w, *, stride, groups, padding):
   run = functools.partial(xla, stride=stride, groups=1, padding=padding)
   pads = _pads(x.shape, kernel, stride, padding)
   gradients = functools.partial(_gradients, stride=stride, pads=pads)
-  prepare = lambda w: w
+  prepare, dtype = lambda w: w, w.dtype
   if x.dtype == jnp.bfloat16:
     options = {"stride": stride, "pads": pads}
     run = functools.partial(rowwise.convolve, **options)
@@ -192,7 +192,7 @@ def _by_group(x, w, *, stride, groups, padding):
 
   def backward(residuals, dy):
     dx, dw = _each_group(groups, gradients, *residuals, dy)
-    return dx.astype(dy.dtype), dw.astype(w.dtype)
+    return dx.astype(dy.dtype), dw.astype(dtype)
 
   convolve.defvjp(forward, backward)
   return convolve(x, w)
@@ -268,7 +268,7 @@ def _to_overwrite(
   return jnp.broadcast_to(number.reshape(()).astype(dtype), shape)
 
 
-def _varying_with(x: jax.Array, w: jax.Array) -> jax.Array:
+def varying_with(x: jax.Array, w: jax.Array) -> jax.Array:
   """The kernel, as varying between devices as images are in a `shard_map`.
 
   Loops and hand-written gradients want that; its gradient is then summed.
@@ -334,7 +334,7 @@ def _gradients_in_parts(gradients):
       return _put(dx, dx_of_part, i, axis=0), dw + dw_of_part
 
     dx = _to_overwrite(x.shape, dy.dtype, dy)
-    dw = _varying_with(dy, jnp.zeros(w.shape, _dtype_of_sums(dy)))
+    dw = varying_with(dy, jnp.zeros(w.shape, _dtype_of_sums(dy)))
     return jax.lax.fori_loop(0, x.shape[0] // size, step, (dx, dw))
 
   return in_parts

@@ -23,7 +23,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(
-  source: str | Path, out: Path, *, is_int8: bool = False
+  source: str | Path, out: str | Path, *, is_int8: bool = False
 ) -> list[Path]:
   """Writes weights, or a program with the weights inside, and a model card.
 
@@ -39,6 +39,7 @@ def export(
   Raises:
     InputError: for another ending, or weights that nobody knows the network of.
   """
+  out = Path(out)
   _check_out(out, WRITERS, source)
   write = WRITERS[out.suffix]
   if is_int8:
@@ -114,7 +115,7 @@ WRITERS: dict[str, Callable[[Path, Any, Card], None]] = {
 
 
 def convert(
-  source: str | Path, out: Path, *, to: str = "ours", folds_epsilon: bool
+  source: str | Path, out: str | Path, *, to: str = "ours", folds_epsilon: bool
 ) -> str:
   """Rewrites weights; returns what they are.
 
@@ -128,6 +129,7 @@ def convert(
     InputError: for weights that nobody knows the network of, or that timm has
       no network for.
   """
+  out = Path(out)
   _check_out(out, (".safetensors", ".npz"), source)
   path = Path(local(str(source)))
   if path.is_file():

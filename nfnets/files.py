@@ -30,9 +30,9 @@ def local(path: str) -> str:
   return os.path.expanduser(path)
 
 
-def check_output(path: Path, endings: Iterable[str]) -> None:
+def check_output(path: str | Path, endings: Iterable[str]) -> None:
   """Raises `InputError` for a file that could not be written in the end."""
-  endings = list(endings)
+  path, endings = Path(path), list(endings)
   if path.suffix not in endings:
     raise InputError(
       f"{path}: its name must end in {', '.join(endings)}, which says what is "
@@ -53,12 +53,13 @@ def check_keeps(path: Path, inputs: Iterable[str | Path]) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: str | Path) -> Iterator[Path]:
   """Where to write a file that appears as `path` when it is whole.
 
   Raises:
     InputError: when it cannot be written; nothing of it is left.
   """
+  path = Path(path)
   partial = path.with_name(f".partial-{path.name}")
   try:
     yield partial

@@ -293,6 +293,7 @@ class WSConv2D(hk.Module):
     is_waiting = jax.default_backend() == "cpu"
     if not self.is_folded:
       gain = hk.get_parameter("gain", (channels,), jnp.float32, jnp.ones)
+      w, gain = (convolution.varying_with(x, a) for a in (w, gain))
       w = standardize(w, _once_there(gain, awaited) if is_waiting else gain)
     elif is_waiting and size > 1 and self.form is None:
       w = _once_there(w, awaited)  # Not in exports, which have a form.

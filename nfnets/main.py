@@ -115,6 +115,10 @@ def main(argv: list[str] | None = None) -> int:
   except (InputError, OSError) as error:
     print(f"nfnets {args.command}: {error}", file=sys.stderr)
     return os.EX_TEMPFAIL if isinstance(error, StoppedError) else 1
+  except MemoryError as error:
+    text = str(error) or "it is full"
+    print(f"nfnets {args.command}: memory: {text}", file=sys.stderr)
+    return 1
   except (RuntimeError, AssertionError) as error:
     if is_out_of_memory(error):
       text = f"does not fit into the device's memory ({_one_line(error)})"

@@ -39,7 +39,8 @@ for values in probabilities:  # float32 [N, {num_classes}]
 _NOTE = """\
 The file normalises the colours itself: give it grey levels. Pillow resizes by
 another bicubic than `nfnets predict` (and smooths where it makes an image
-smaller), so probabilities differ a little.
+smaller), so probabilities differ a little; and much for images with transparent
+parts, which predict lays on white, or with 16 bits, which it scales to 8.
 
 """
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from nfnets import agc
+from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 
 
@@ -142,7 +143,13 @@ def decayed_nesterov(
     A transformation whose state is an `optax.TraceState`.
   """
 
-  def update(updates, state, params):
+  def update(updates, state, params=None):
+    if params is None:
+      raise InputError(
+        "weight decay needs the weights: pass the parameters, `update(grads, "
+        "state, params)`"
+      )
+
     def accumulate(g, w, m, decays):
       d = g + weight_decay * w if decays else g
       return d + momentum * m
@@ -166,6 +173,7 @@ def update_ema(
 
   `step` counts the updates before this one, from 0.
   """
-  step = step.astype(jnp.float32)
+  step = jnp.asarray(step, jnp.float32)
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
-  return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)
+  mean = lambda a, x: (decay * a + (1 - decay) * x).astype(a.dtype)
+  return jax.tree.map(mean, average, new)

@@ -18,6 +18,9 @@ _BEST = "best.safetensors"
 class Patience:
   """The best evaluation so far, by top-1 of the averaged weights.
 
+  Of equal ones (usual with few images to test with) it is that of least loss,
+  which does not count as better for the end of the run.
+
   Args:
     workdir: Of the run.
     limit: Evaluations without a better one after which it is enough.
@@ -53,8 +56,11 @@ class Patience:
 
   def add(self, row: metrics.Row) -> bool:
     """Takes the next evaluation; whether it is the best."""
-    is_best = self.best is None or row["ema_top1"] > self.best["ema_top1"]
-    self._num_since = 0 if is_best else self._num_since + 1
+    best = self.best or {"ema_top1": -1.0, "ema_loss": 0.0}
+    is_better = row["ema_top1"] > best["ema_top1"]
+    is_as_good = row["ema_top1"] == best["ema_top1"]
+    is_best = is_better or (is_as_good and row["ema_loss"] < best["ema_loss"])
+    self._num_since = 0 if is_better else self._num_since + 1
     if is_best:
       self.best = row
     return is_best

@@ -72,7 +72,17 @@ class Classifier:
     return jax.nn.softmax(outputs["logits"])
 
   def prepare(self, image: np.ndarray) -> np.ndarray:
-    """[H, W, 3] grey levels -> [size, size, 3] float32, as in evaluation."""
+    """[H, W, 3] grey levels -> [size, size, 3] float32, as in evaluation.
+
+    Raises:
+      InputError: for arrays of another shape.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3:
+      raise InputError(
+        f"an image of shape {list(image.shape)}: [H, W, 3] is needed, one at a "
+        "time, red, green and blue from 0 to 255"
+      )
     crop = images.EVAL_CROPS[self.card.crop]
     return crop(image, self.card.image_size, self.card.margin)
 

@@ -135,9 +135,10 @@ def step_of(path: Path) -> int | None:
 
 
 def load_file(
-  path: Path, *, trained_in_timm: bool = False
+  path: str | Path, *, trained_in_timm: bool = False
 ) -> tuple[Params, Card | None]:
   """As `load_with_card`, of a file; `trained_in_timm`: see `timm.to_ours`."""
+  path = Path(path)
   if not path.is_file():
     raise InputError(f"{path}: there is no such weights file or workdir")
   if path.suffix not in (".safetensors", ".npz"):
@@ -290,10 +291,14 @@ def save(
       output channel, a quarter of the bytes.
 
   Raises:
-    InputError: for another ending.
+    InputError: for another ending, and weights that the card is not of (such as
+      folded or stacked ones).
   """
   path = Path(path)
-  text = json.dumps(card._asdict()) if card is not None else None
+  text = None
+  if card is not None:
+    check(params, card.make_model(), str(path))
+    text = json.dumps(card._asdict(), default=lambda array: array.tolist())
   flat = _flatten(params)
   save_tensors(path, _quantize(flat) if is_int8 else flat, text)
 
@@ -332,6 +337,8 @@ def _quantize(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     found[key] = value
     if value.ndim > 1:
       largest = np.max(np.abs(value), axis=tuple(range(value.ndim - 1)))
+      if not np.isfinite(largest).all():
+        raise InputError(f"{key} has numbers that are not finite, no int8")
       scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
       found[key] = np.rint(value / scale).astype(np.int8)
       found[key + _SCALE] = scale
@@ -410,6 +417,13 @@ def transfer(
   """
   (head,) = (module for module in fresh if is_classifier(module))
   old = params.get(head, {})
+  for names, values in ((old_names, old), (new_names, fresh[head])):
+    num_classes = np.size(values["b"]) if "b" in values else None
+    if None not in (names, num_classes) and len(names) != num_classes:
+      raise InputError(
+        f"{origin}: {len(names)} names for a classifier of {num_classes} "
+        "classes"
+      )
   shapes_of = lambda values: {k: np.shape(v) for k, v in values.items()}
   if old_names is None and shapes_of(old) == shapes_of(fresh[head]):
     old_names = new_names

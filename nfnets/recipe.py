@@ -222,6 +222,20 @@ def check_given(config: ConfigDict, given: Sequence[str]) -> None:
       )
 
 
+def check_apart(config: ConfigDict, workdir: Path) -> None:
+  """Raises for a workdir that would be taken for a class of images."""
+  if config.data.source != "folder" or config.data.dir is None:
+    return
+  root = Path(local(config.data.dir)).resolve()
+  if (root / "train").is_dir():
+    root /= "train"
+  if workdir.resolve().is_relative_to(root):
+    raise InputError(
+      f"--workdir={workdir} is inside of {root}, where each folder is a class: "
+      "choose one elsewhere"
+    )
+
+
 def _on_this_machine(config: ConfigDict) -> ConfigDict:
   """With `~` expanded in its paths; raises for addresses on the network."""
   config = config.copy_and_resolve_references()

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from nfnets import devices, evaluate, pretrained, recipe, runs, steps
+from nfnets import (
+  checkpoint,
+  devices,
+  evaluate,
+  pretrained,
+  recipe,
+  runs,
+  steps,
+)
 from nfnets.errors import InputError
 from nfnets.files import local, unfinished
 
@@ -46,7 +54,12 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   last = workdir if is_round else rounds[-1]
   saved = recipe.load_config(last)
   starts = [recipe.load_config(folder).init_from for folder in rounds]
-  if config.init_from and _place(config.init_from) not in map(_place, starts):
+  is_whole = rounds[0].name == "round_001"  # Else what it began with is gone.
+  if (
+    config.init_from
+    and is_whole
+    and _place(config.init_from) not in map(_place, starts)
+  ):
     raise InputError(
       f"{workdir} holds rounds that began with --config.init_from={starts[0]}, "
       "and go on from their own weights: give the same, or for "
@@ -58,10 +71,19 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   }
   config = recipe.fill(config, runs.card_of(last))
   config.data.update(sizes)
-  config.init_from = saved.init_from
+  config.init_from = _where_it_is_now(saved.init_from, last.parent)
   found = recipe.resolve(config).source.fingerprint
   if is_round or found == runs.read_config(last)["derived"]["images"]:
     return config, last
+  folder = workdir / f"round_{int(last.name[6:]) + 1:03}"
+  if runs.has_weights(folder):
+    raise InputError(
+      f"{folder} has weights but no {runs.CONFIG}: put that back, or move the "
+      "folder away"
+    )
+  if devices.is_first_host():
+    with checkpoint.locked(last):  # Raises while that one is trained.
+      pass
   newest = runs.newest_round(workdir)
   if runs.has_weights(newest):
     config.init_from = str(newest)
@@ -70,7 +92,15 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
       f"the images are others than those of {last.name} ({found}): another "
       f"round starts from {config.init_from}"
     )
-  return config, workdir / f"round_{int(last.name[6:]) + 1:03}"
+  return config, folder
+
+
+def _where_it_is_now(init_from: str | None, workdir: Path) -> str | None:
+  """What a round starts from, also when its workdir was moved since."""
+  if init_from is None or Path(init_from).exists():
+    return init_from
+  sibling = workdir / Path(init_from).name
+  return str(sibling if sibling in runs.rounds_of(workdir) else init_from)
 
 
 def _place(weights: str | None) -> str | None:

@@ -63,7 +63,7 @@ def init_state(
     params=params,
     state=state,
     opt_state=optimizer.init(params),
-    ema_params=params,
+    ema_params=jax.tree.map(jnp.copy, params),  # Both are donated.
     ema_state=state,
   )
 
@@ -85,6 +85,9 @@ def make_train_step(
   is_frozen: Callable[[str], bool] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Compiles `(state, batch) -> (state, metrics)`; the old state is consumed.
+
+  (Its arrays are donated, so that none may be in it twice: averages that begin
+  as the parameters are copies of them.)
 
   Args:
     model, optimizer, mesh: What to train, how, and where.

@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
 
 def _choose(config: ConfigDict, workdir: Path) -> tuple[recipe.Recipe, Path]:
   """The run, and its folder: the workdir, or that of one of its rounds."""
+  recipe.check_apart(config, workdir)
   if config.data.grows:
     config, workdir = rounds.choose(config, workdir)
   elif found := runs.rounds_of(workdir):

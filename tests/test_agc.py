@@ -184,3 +184,20 @@ def test_missing_parameters_are_an_error():
 def test_rank_six_is_an_error():
   with pytest.raises(InputError, match=r"shape \(2, 2, 2, 2, 2, 2\)"):
     agc.unitwise_norm(jnp.ones((2,) * 6))
+
+
+def test_the_state_can_be_donated():
+  params = _tree(0, 1.0)
+  tx = optax.apply_if_finite(agc.adaptive_grad_clip(), 3)
+  update = jax.jit(tx.update, donate_argnums=1)
+  updates, _ = update(params, tx.init(params), params)
+  assert updates["conv"].shape == params["conv"].shape
+
+
+def test_arrays_of_no_size_are_left_alone():
+  params = {"none": jnp.zeros((3, 0)), "bias": jnp.ones(4)}
+  tx = agc.adaptive_grad_clip(part_of=lambda path: path)
+  updates, state = tx.update(params, tx.init(params), params)
+  assert updates["none"].shape == (3, 0)
+  assert state.statistics["none"] == (0, 0)
+  assert state.statistics["all"].clipped == 1

@@ -744,3 +744,52 @@ def test_an_error_of_a_decoding_thread_surfaces_at_once(tmp_path):
       for _ in range(4):  # Two batches may have been read before.
         next(ahead)
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(("batch_size", "num_hosts"), [(10, 3), (0, 1)])
+def test_a_batch_that_hosts_do_not_divide_is_refused(batch_size, num_hosts):
+  options = {"batch_size": batch_size, "num_hosts": num_hosts}
+  with pytest.raises(InputError, match=rf"batch of {batch_size} examples does"):
+    batches.TrainBatches(_numbered(17), seed=0, **options)
+  with pytest.raises(InputError, match=rf"batch of {batch_size} examples does"):
+    next(batches.eval_batches(_numbered(17), **options))
+
+
+@pytest.mark.parametrize("bad", [(), (2, 3)])
+def test_images_that_cannot_be_written_are_batches_too(bad):
+  """As those of JAX arrays."""
+
+  def read(indices, draws):
+    found = _numbered(6, bad).read(indices, draws)
+    for array in found:
+      array.flags.writeable = False
+    return found
+
+  stream = batches.TrainBatches(Split(6, read), batch_size=6, seed=0)
+  assert set(next(stream).labels.tolist()) == {0, 1, 2, 3, 4, 5} - set(bad)
+
+
+def test_what_is_no_path(tmp_path):
+  (tmp_path / "a.png").touch()
+  assert images.find(str(tmp_path)) == [tmp_path / "a.png"]
+  with pytest.raises(InputError, match=r"a ndarray is no path: give image fil"):
+    images.find(np.zeros((2, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("how", ["read", "train"])
+def test_a_pipe_is_no_image(how, tmp_path):
+  """It would be waited for."""
+  _make_folder(tmp_path, ("ant", "bee"), 3)
+  pipe = tmp_path / "bee" / "pipe.png"
+  os.mkfifo(pipe)
+  if how == "read":
+    with pytest.raises(InputError, match=r"pipe.png .*is no file"):
+      images.read(pipe)
+    return
+  with pytest.warns(UserWarning, match=r"pipe.png .*is no file"):
+    source = sources.load(
+      "folder", sizes=SIZES, directory=str(tmp_path), held_out_share=0.0
+    )
+    draws = np.zeros((source.train.num_examples, *crops.DRAWS))
+    found = source.train.read(np.arange(len(draws)), draws)
+  assert len(found.is_good) - found.is_good.sum() == 1

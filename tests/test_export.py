@@ -360,3 +360,25 @@ def test_conversion_through_the_command_line(nfnets, tmp_path):
     loaded,
     params,
   )
+
+
+def test_an_image_to_prepare_is_one_of_three_colours(tmp_path):
+  path = tmp_path / "w.npz"
+  pretrained.save(path, _drawn(CARD), CARD)
+  classifier = Classifier(path)
+  for shape in ((2, 8, 8, 3), (8, 8, 4), (8, 8)):
+    with pytest.raises(InputError, match=r"one at a time, red, green and blue"):
+      classifier.prepare(np.zeros(shape, np.uint8))
+  image = _images(CARD, 1)[0]
+  expected = classifier.prepare(image)
+  found = classifier.prepare(Image.fromarray(image))
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_paths_may_be_strings(tmp_path):
+  path = str(tmp_path / "w.npz")
+  pretrained.save(path, _drawn(CARD), CARD)
+  written = export.export(path, str(tmp_path / "x.onnx"))
+  assert [p.name for p in written] == ["x.onnx", "x.onnx.md"]
+  export.convert(path, str(tmp_path / "y.npz"), folds_epsilon=False)
+  assert pretrained.load_file(str(tmp_path / "y.npz"))[1] == CARD

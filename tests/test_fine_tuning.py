@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 
 from configs import base, finetune
 from nfnets import card as cards
-from nfnets import models, pretrained, recipe, rounds, train
+from nfnets import checkpoint, models, pretrained, recipe, rounds, train
 from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
@@ -287,6 +287,58 @@ def test_a_round_goes_on_with_its_own_settings(
   assert found == [(0.25, workdir)]
 
 
+def test_a_round_is_found_where_its_workdir_was_moved(start, tmp_path):
+  photos, workdir = tmp_path / "photos", tmp_path / "run"
+  _write_digits(photos, (5, 6), slice(0, 10))
+  config = finetune.get_config("folder")
+  config.init_from, config.data.dir = str(start), str(photos)
+  for number, init_from in ((1, start), (2, tmp_path / "old" / "round_001")):
+    folder = workdir / f"round_00{number}"
+    folder.mkdir(parents=True)
+    r = recipe.resolve(config)
+    r.config.init_from = str(init_from)
+    recipe.save(r, folder)
+    shutil.copy(start / "weights.safetensors", folder)
+  chosen, folder = rounds.choose(config, workdir)
+  assert folder == workdir / "round_002"
+  assert chosen.init_from == str(workdir / "round_001")
+
+  # A round that is trained now, or that lacks its config, is not passed over.
+  _write_digits(photos, (5, 6), slice(10, 20))
+  with (
+    checkpoint.locked(folder),
+    pytest.raises(InputError, match=r"another process is training in .*_002"),
+  ):
+    rounds.choose(config, workdir)
+  found = workdir / "round_003"
+  assert rounds.choose(config, workdir)[1] == found
+  found.mkdir()
+  shutil.copy(start / "weights.safetensors", found)
+  with pytest.raises(InputError, match=r"round_003 has weights but no config"):
+    rounds.choose(config, workdir)
+
+  # What it began with may be given though the first round is gone.
+  shutil.rmtree(found)
+  shutil.rmtree(workdir / "round_001")
+  assert rounds.choose(config, workdir)[1] == found
+
+
+def test_a_workdir_is_no_class(nfnets_here, tmp_path):
+  _write_digits(tmp_path, (5, 6), slice(0, 10))
+  command = [
+    "train",
+    "--config=configs/finetune.py:folder",
+    "--config.data.dir=.",
+  ]
+  for options in ([], ["--workdir=mine/run"]):
+    result = nfnets_here(*command, *options, cwd=tmp_path)
+    assert result.returncode == 1
+    assert re.search(
+      r"workdir=\S+ is inside of .*each folder is", result.stderr
+    )
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["five", "six"]
+
+
 def test_a_run_and_rounds_do_not_share_a_workdir(start, nfnets_here, tmp_path):
   """Nothing is written, and other commands still find what is there."""
   _write_digits(tmp_path / "photos", (5, 6), slice(0, 40))
@@ -471,7 +523,8 @@ def test_a_run_ends_when_nothing_gets_better(start, nfnets, tmp_path):
 def test_patience_reads_the_record(tmp_path):
   values = [0.5, 0.7, 0.6, 0.7, 0.8, 0.1]
   lines = [
-    json.dumps({"step": i, "kind": "eval", "ema_top1": v}) + "\n"
+    json.dumps({"step": i, "kind": "eval", "ema_top1": v, "ema_loss": 1.0})
+    + "\n"
     for i, v in enumerate(values, start=1)
   ]
   (tmp_path / "metrics.jsonl").write_text("".join(lines))
@@ -480,7 +533,7 @@ def test_patience_reads_the_record(tmp_path):
   exhausted = {1: False, 2: False, 3: False, 4: True, 5: False, 6: False}
   for step in best:
     pretrained.save(
-      tmp_path / "best.safetensors", {}, card._replace(step=best[step])
+      tmp_path / "best.safetensors", _params(), card._replace(step=best[step])
     )
     patience = Patience(tmp_path, 2, step=step)
     assert patience.best["step"] == best[step]
@@ -490,7 +543,10 @@ def test_patience_reads_the_record(tmp_path):
 def test_the_best_are_weights_that_are_there(tmp_path):
   """Not those of a record whose weights are lost, or were never kept."""
   lines = [
-    json.dumps({"step": step, "kind": "eval", "ema_top1": value}) + "\n"
+    json.dumps(
+      {"step": step, "kind": "eval", "ema_top1": value, "ema_loss": 1.0}
+    )
+    + "\n"
     for step, value in enumerate((0.5, 0.9, 0.6), start=1)
   ]
   (tmp_path / "metrics.jsonl").write_text("".join(lines))
@@ -499,7 +555,7 @@ def test_the_best_are_weights_that_are_there(tmp_path):
   finished = tmp_path / "weights.safetensors"
   # Weights of step 4 were left by a run that went back; older files say none.
   for step, best in ((4, None), (3, 3), (2, 2), (None, 2)):
-    pretrained.save(finished, {}, _card()._replace(step=step))
+    pretrained.save(finished, _params(), _card()._replace(step=step))
     patience = Patience(tmp_path, 1, step=3)
     assert (patience.best and patience.best["step"]) == best
     patience.go_on()
@@ -515,21 +571,39 @@ def test_counting_from_weights_that_are_there_goes_on(tmp_path):
   values = (0.5, 0.9, 0.6, 0.7, 0.65, 0.64)
   record = tmp_path / "metrics.jsonl"
   for step, value in enumerate(values, start=1):
-    row = {"step": step, "kind": "eval", "ema_top1": value}
+    row = {"step": step, "kind": "eval", "ema_top1": value, "ema_loss": 1.0}
     with record.open("a") as file:
       file.write(json.dumps(row) + "\n")
     if step < 3:
       continue
     patience = Patience(tmp_path, 2, step=step)
     if step in (3, 4):
-      patience.save({}, _card()._replace(step=step))
+      patience.save(_params(), _card()._replace(step=step))
       patience = Patience(tmp_path, 2, step=step)
     assert patience.best["step"] == min(step, 4)
     assert patience.is_exhausted == (step == 6)
 
 
+def test_of_equal_accuracies_the_best_has_the_least_loss(tmp_path):
+  """But a run ends as if they were equal."""
+  patience = Patience(tmp_path, 3, step=0)
+  found = [
+    patience.add({"step": step, "ema_top1": top1, "ema_loss": loss})
+    for step, (top1, loss) in enumerate(
+      [(1, 0.9), (1, 0.5), (1, 0.6), (0, 0.1)]
+    )
+  ]
+  assert found == [True, True, False, False]
+  assert patience.best["step"] == 1
+  assert patience.is_exhausted
+
+
 def _card():
-  return cards.for_imagenet(models.make("nfnet_f0"), "made up")
+  return cards.for_imagenet(models.make("nfnet_tiny"), "made up")
+
+
+def _params():
+  return draw_params(param_shapes(_card().make_model()))
 
 
 def test_weights_whose_classes_have_no_names_are_a_start(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 
 import haiku as hk
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
+from jax.sharding import PartitionSpec as P
 
 from nfnets import agc, layers, models
 from nfnets.errors import InputError
@@ -617,3 +619,72 @@ def test_float32_images_give_the_same_where_jax_has_64_bits():
     assert logits.dtype == np.float32
     jax.eval_shape(model.init, jax.random.key(0), images)
   np.testing.assert_allclose(logits, expected, rtol=1e-6)
+
+
+def test_weights_that_are_not_folded_are_refused_where_they_must_be():
+  model = models.make("nfnet_tiny", 3, **SMALL)
+  params = draw_params(param_shapes(model))
+  images = np.ones((1, 32, 32, 3), np.float32)
+  folded, _ = models.fold(model, params)
+  with pytest.raises(InputError, match=r"have gains, which a folded network"):
+    folded.apply(params, {}, None, images)
+
+
+def test_a_network_goes_to_other_processes():
+  model = models.make("nfnet_tiny", 3, **SMALL, remat="blocks")
+  copy = pickle.loads(pickle.dumps(model))
+  assert copy[:5] == model[:5]
+  params = draw_params(param_shapes(model))
+  images = np.ones((1, 32, 32, 3), np.float32)
+  outputs = [m.apply(params, {}, None, images)[0] for m in (copy, model)]
+  np.testing.assert_array_equal(*(o["logits"] for o in outputs))
+
+
+def test_numbers_of_numpy_are_columns():
+  row = models.variant(
+    "nfnet_f0", depth=np.array([1, 2, 6, 3]), stochdepth_rate=np.float64(0.1)
+  )
+  assert (row.depth, row.stochdepth_rate) == ((1, 2, 6, 3), 0.1)
+
+
+@pytest.mark.parametrize(
+  "execution",
+  [{}, {"remat": "blocks"}, {"remat": "blocks", "is_scanned": True}],
+)
+def test_gradients_within_a_shard_map_are_summed(execution):
+  """With JAX's default, which tells what varies between devices."""
+  columns = SMALL | {"depth": (2, 1)}
+  model = models.make("nfnet_tiny", 3, **columns, **execution)
+  params = draw_params(param_shapes(model))
+  images = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
+
+  def loss(params, images):
+    return jnp.mean(model.apply(params, {}, None, images)[0]["logits"] ** 2)
+
+  def of_part(params, images):
+    return jax.grad(lambda p: jax.lax.pmean(loss(p, images), "i"))(params)
+
+  mapped = jax.shard_map(
+    of_part,
+    mesh=jax.sharding.Mesh(np.array(jax.devices()[:2]), ("i",)),
+    in_specs=(P(), P("i")),
+    out_specs=P(),
+  )
+  found, expected = (
+    jax.jit(mapped)(params, images),
+    jax.grad(loss)(params, images),
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+    found,
+    expected,
+  )
+
+
+def test_nothing_leaks_from_a_trace():
+  model = models.make("nfnet_tiny", 3, **SMALL)
+  params = draw_params(param_shapes(model))
+  images = np.ones((1, 32, 32, 3), np.float32)
+  loss = lambda p: jnp.sum(model.apply(p, {}, None, images)[0]["logits"])
+  with jax.checking_leaks():
+    jax.eval_shape(jax.grad(loss), params)

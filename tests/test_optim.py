@@ -8,6 +8,7 @@ import pytest
 from conftest import load_json, param_shapes
 
 from nfnets import models, optim
+from nfnets.errors import InputError
 
 
 def test_groups_of_f0_are_the_published_ones():
@@ -117,3 +118,17 @@ def test_average_warms_up(step):
   )
   decay = min(0.99999, (1 + step) / (10 + step))
   np.testing.assert_allclose(average["m"]["w"], 1 - decay, rtol=1e-2)
+
+
+@pytest.mark.parametrize("clipping", [0.01, None])
+def test_missing_parameters_are_an_error(clipping):
+  params = {"conv": {"w": jnp.ones((3, 3, 4, 8))}}
+  tx = optim.make_optimizer(0.1, clipping=clipping)
+  with pytest.raises(InputError, match=r"pass the parameters, `update\(grads"):
+    tx.update(params, tx.init(params))
+
+
+def test_an_average_keeps_its_dtype():
+  average = {"w": jnp.ones(3, jnp.bfloat16)}
+  found = optim.update_ema(average, average, decay=0.9, step=3)
+  assert found["w"].dtype == jnp.bfloat16

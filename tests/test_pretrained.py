@@ -290,3 +290,39 @@ def test_names_of_imagenet_in_words():
     "tench",
   )
   assert imagenet.readable(["n02099601", "dog"]) == ("n02099601", "dog")
+
+
+def test_weights_that_could_not_be_read_again_are_not_saved(tmp_path, params):
+  """Folded ones, other classes; and what a card holds may be NumPy's."""
+  path = tmp_path / "w.npz"
+  model = CARD.make_model()
+  _, folded = models.fold(model, params)
+  for given, of in (
+    (folded, CARD),
+    (params, CARD._replace(class_names=("ant", "bee"))),
+  ):
+    with pytest.raises(InputError, match=r"w.npz does not hold weights of"):
+      pretrained.save(path, given, of)
+  assert not path.exists()
+  values = {"mean": np.array(CARD.mean), "image_size": np.int64(32)}
+  pretrained.save(path, params, CARD._replace(**values))
+  assert pretrained.load_with_card(path)[1] == CARD
+
+
+def test_what_is_not_finite_has_no_int8(tmp_path):
+  with pytest.raises(InputError, match=r"conv/w has numbers that are not fin"):
+    pretrained.save(
+      tmp_path / "w.npz", {"conv": {"w": np.full((2, 2), np.nan)}}, is_int8=True
+    )
+
+
+def test_a_card_makes_a_network_for_other_classes(params):
+  model = CARD.make_model(7, depth=(2, 1))
+  assert (model.num_classes, model.variant.depth) == (7, (2, 1))
+  model = CARD.make_model(2)
+  fresh = draw_params(param_shapes(model))
+  names = {"old_names": CARD.class_names, "new_names": ("a", "b", "c")}
+  with pytest.raises(
+    InputError, match=r"3 names for a classifier of 2 classes"
+  ):
+    pretrained.transfer(params, fresh, model, **names, origin="x")

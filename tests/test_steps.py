@@ -457,3 +457,11 @@ def test_mixed_labels_sum_to_one_and_follow_the_shares():
   np.testing.assert_allclose(targets.sum(-1), 1)
   expected = -np.mean(np.sum(targets * jax.nn.log_softmax(logits), -1))
   np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=1e-5)
+
+
+def test_a_fresh_state_holds_no_array_twice():
+  """Compiled or not: a step donates them all."""
+  model = models.make("nfnet_tiny", 3, **SMALL)
+  state = steps.init_state(model, optax.identity(), image_size=32, seed=0)
+  places = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
+  assert len(places) == len(set(places))

@@ -56,7 +56,7 @@ class TrainBatches:
     self._split = split
     self._batch_size = batch_size
     self._seed = seed
-    share = batch_size // num_hosts
+    share = _share(batch_size, num_hosts)
     self._mine = slice(host * share, (host + 1) * share)
     self._streams = (_MAIN, _PARTNERS) if with_partners else (_MAIN,)
     self._orders: dict[int, tuple[int, np.ndarray]] = {}
@@ -101,6 +101,16 @@ class TrainBatches:
     return self._orders[stream][1]
 
 
+def _share(batch_size: int, num_hosts: int) -> int:
+  """How many examples of a batch each host has."""
+  if batch_size < 1 or batch_size % num_hosts:
+    raise InputError(
+      f"a batch of {batch_size} examples does not divide over {num_hosts} "
+      "hosts: use a multiple"
+    )
+  return batch_size // num_hosts
+
+
 def _without_bad(read: Examples) -> tuple[np.ndarray, np.ndarray]:
   """Images and labels, unreadable ones replaced by the good ones in turn."""
   good = np.flatnonzero(read.is_good)
@@ -109,10 +119,16 @@ def _without_bad(read: Examples) -> tuple[np.ndarray, np.ndarray]:
       f"none of the {len(read.labels)} images of a batch could be read: mend "
       "the data set"
     )
+  images, labels = read.images, read.labels
   bad = np.flatnonzero(~read.is_good)
-  chosen = good[np.arange(len(bad)) % len(good)]
-  read.images[bad], read.labels[bad] = read.images[chosen], read.labels[chosen]
-  return read.images, read.labels
+  if len(bad):
+    chosen = good[np.arange(len(bad)) % len(good)]
+    images, labels = (
+      np.require(images, None, "W"),
+      np.require(labels, None, "W"),
+    )
+    images[bad], labels[bad] = images[chosen], labels[chosen]
+  return images, labels
 
 
 def eval_batches(
@@ -123,7 +139,7 @@ def eval_batches(
   All hosts give the same number of batches, each its slice of the global one.
   Images that cannot be read are masked too.
   """
-  share = batch_size // num_hosts
+  share = _share(batch_size, num_hosts)
   for start in range(0, split.num_examples, batch_size):
     mine = np.arange(share) + start + host * share
     inside = mine < split.num_examples

@@ -21,18 +21,24 @@ SUFFIXES = (
 )
 
 
-def find(paths: Iterable[str | Path]) -> list[Path]:
+def find(paths: str | Path | Iterable[str | Path]) -> list[Path]:
   """Image files among files, folders, patterns and file URLs, in order.
 
   Folders are searched recursively; a pattern is one of the shell's, in which
   `**` stands for any folders.
 
   Raises:
-    InputError: for a path that does not exist, or under which no images are.
+    InputError: for a path that does not exist, or under which no images are,
+      and for what is none.
   """
   found = []
-  for given in map(str, paths):
-    given = local(given)
+  for given in [paths] if isinstance(paths, str | Path) else paths:
+    if not isinstance(given, str | os.PathLike):
+      raise InputError(
+        f"a {type(given).__name__} is no path: give image files or folders "
+        "(arrays go to `prepare` and `probabilities` of a `Classifier`)"
+      )
+    given = local(os.fspath(given))
     path = Path(given)
     if path.is_dir():
       inside = list(filter(is_image, inside_of(path)))
@@ -82,10 +88,27 @@ def read(path: str | Path) -> np.ndarray:
     InputError: when the file cannot be read as an image.
   """
   try:
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
   except OSError as error:
     raise InputError(f"{path} cannot be read: {error}") from None
   return decode(data, str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+  """A file's bytes.
+
+  Raises:
+    InputError: when there is none, or it may not be read, or is something else
+      (a pipe would be waited for).
+    OSError: when it may be read another time.
+  """
+  path = Path(path)
+  try:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      raise InputError(f"{path} cannot be read: it is no file")
+    return path.read_bytes()
+  except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def decode(data: bytes, name: str) -> np.ndarray:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nfnets.data import digits, encoded, folder, imagenet, tfds_source
+from nfnets.data import digits, encoded, folder, imagenet, images, tfds_source
 from nfnets.data.source import Examples, Sizes, Source, Split
-from nfnets.errors import InputError, UsageError, unknown
+from nfnets.errors import UsageError, unknown
 
 
 def load(
@@ -120,10 +120,7 @@ def _folder(
   def split(files: list[tuple[Path, int]]) -> Split:
     def fetch(index: int) -> tuple[bytes, int, str]:
       path, label = files[index]
-      try:
-        return path.read_bytes(), label, str(path)
-      except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+      return images.read_bytes(path), label, str(path)
 
     return encoded.make_split(
       len(files), fetch, sizes=sizes, pool=pool, broken=broken

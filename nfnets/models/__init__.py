@@ -53,7 +53,9 @@ class Model(NamedTuple):
       is needed in training only. It also takes the parameters that `stack`
       returns (if they are of a loop, not with `return_metrics`), and what
       `lay_out` does. It can be differentiated in reverse mode (`jax.grad`,
-      also of a gradient), not in forward mode (`jax.jvp`).
+      also of a gradient), not in forward mode (`jax.jvp`). Images may be
+      sharded over a mesh whose axes are of type Auto, as `Mesh` makes them
+      (`jax.make_mesh` only if it is told), and within a `shard_map`.
 
   `init` and `apply` raise `InputError` for images of another shape or type.
   """
@@ -65,6 +67,9 @@ class Model(NamedTuple):
   execution: Execution
   init: Callable[..., tuple[hk.Params, hk.State]]
   apply: Callable[..., tuple[dict[str, Any], hk.State]]
+
+  def __reduce__(self) -> tuple[Any, ...]:  # For pickle, and other processes.
+    return _make, (self.name, self.variant, self.num_classes, self.execution)
 
   def features(
     self, params: hk.Params, state: hk.State, images: jax.Array
@@ -162,8 +167,8 @@ class Model(NamedTuple):
       module, name = (key.key for key in path)
       if is_packed:
         return packed.unit_axes(module, array)
-      rank = len(shapes[module][name])
-      if array.ndim == rank:
+      is_ours = module in shapes  # Beside the network may be others.
+      if not is_ours or array.ndim == len(shapes[module][name]):
         return None
       axes = agc.unit_axes(array.shape[1:])
       return tuple(axis + 1 for axis in axes)
@@ -219,6 +224,8 @@ def variant(name: str, **overrides: Any) -> Variant:
 
 def _as_type_of(column: str, old: Any, new: Any) -> Any:
   """`new` in the type of the value that it replaces."""
+  if isinstance(new, np.generic | np.ndarray):
+    new = new.tolist()
   if isinstance(old, tuple) and isinstance(new, tuple | list):
     return tuple(_as_type_of(column, old[0], item) for item in new)
   if isinstance(old, float) and type(new) is int:
@@ -321,6 +328,11 @@ def _make(
       # All kernels of an array are standardised at once.
       params = packed.standardize(plan, num_classes, params, images.dtype)
       options["execution"] = execution._replace(is_folded=True)
+    elif execution.is_folded and any("gain" in x for x in params.values()):
+      raise InputError(
+        "these weights have gains, which a folded network does not apply: use "
+        "both the network and the weights that `models.fold` returns"
+      )
     return published(params, state, rng, images, *args, **options)
 
   return Model(name, row, plan, num_classes, execution, init, apply)
