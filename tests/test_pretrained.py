@@ -1,5 +1,6 @@
 """Weights in files: round trips, and files that are something else."""
 
+import json
 import pickle
 import zipfile
 
@@ -264,7 +265,9 @@ def test_plain_files_are_known_by_their_shapes(tmp_path):
 
 def test_a_card_and_weights_that_do_not_belong_together(tmp_path, params):
   path = tmp_path / "weights.npz"
-  pretrained.save(path, params, CARD._replace(class_names=("ant", "bee")))
+  other = CARD._replace(class_names=("ant", "bee"))
+  flat = pretrained._flatten(params)
+  pretrained.save_tensors(path, flat, json.dumps(other._asdict()))
   with pytest.raises(InputError, match=r"linear/b: \(3,\) in the file, \(2,\)"):
     pretrained.load(path)
 
