@@ -142,12 +142,10 @@ def evaluate(
   """
   if (workdir is None) == (weights is None):
     raise UsageError("give either a workdir or weights to evaluate")
-  card = None
-  if weights is not None:
-    load = lambda: pretrained.load_with_card(weights)
-    params, card = devices.on_all_hosts(load)
-    if card is not None:
-      config = _with_card(config, card, given)
+  load = lambda: weights and pretrained.load_with_card(weights)
+  params, card = devices.on_all_hosts(load) or (None, None)
+  if card is not None:
+    config = _with_card(config, card, given)
   r = devices.on_all_hosts(lambda: recipe.resolve(config))
   if workdir is not None:
     # Raises for another model or data set.

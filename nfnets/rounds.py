@@ -71,7 +71,9 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
   }
   config = recipe.fill(config, runs.card_of(last))
   config.data.update(sizes)
-  config.init_from = _where_it_is_now(saved.init_from, last.parent)
+  config.init_from = saved.init_from
+  if not runs.has_weights(last):  # It is to begin.
+    config.init_from = _where_it_is_now(saved.init_from, last.parent)
   found = recipe.resolve(config).source.fingerprint
   if is_round or found == runs.read_config(last)["derived"]["images"]:
     return config, last
@@ -117,7 +119,7 @@ def report(r: recipe.Recipe, folder: Path) -> None:
   `growth.json` has the same numbers: of each group of classes how many held-out
   images there are, and top-1 before and after the round (shares).
   """
-  init_from = r.config.init_from
+  init_from = _where_it_is_now(r.config.init_from, folder.parent)
   if init_from is None:
     return
   devices.wait_for_hosts("weights")  # One has written them.

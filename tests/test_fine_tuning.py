@@ -298,10 +298,13 @@ def test_a_round_is_found_where_its_workdir_was_moved(start, tmp_path):
     r = recipe.resolve(config)
     r.config.init_from = str(init_from)
     recipe.save(r, folder)
-    shutil.copy(start / "weights.safetensors", folder)
+  shutil.copy(start / "weights.safetensors", workdir / "round_001")
   chosen, folder = rounds.choose(config, workdir)
   assert folder == workdir / "round_002"
   assert chosen.init_from == str(workdir / "round_001")
+  shutil.copy(start / "weights.safetensors", folder)  # Of one that has begun.
+  chosen, folder = rounds.choose(config, workdir)
+  assert recipe.changes_since(recipe.resolve(chosen), folder) == []
 
   # A round that is trained now, or that lacks its config, is not passed over.
   _write_digits(photos, (5, 6), slice(10, 20))
