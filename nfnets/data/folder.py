@@ -150,8 +150,8 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
   kinds = [path.suffix.lower() for files in found.values() for path in files]
   if others := [kind for kind in kinds if kind in _OTHER_PICTURES]:
     warnings.warn(
-      f"{len(others)} file{'s'[len(others) == 1 :]} in {root} of "
-      f"{', '.join(sorted(set(others)))} left out: convert to JPEG or PNG",
+      f"{len(others)} files in {root} ({', '.join(sorted(set(others)))}) are "
+      "left out: convert them to JPEG or PNG",
       stacklevel=1,
     )
   return {
