@@ -48,11 +48,6 @@ def get_config(variant: str = "folder") -> ConfigDict:
   config.augment.mixup_alpha = 0.0
   config.augment.cutmix = False
   config.augment.randaugment_layers = 0
-  # Images as the weights know them, so that there must be some.
-  config.data.eval_crop = placeholder(str)
-  config.data.eval_margin = placeholder(int)
-  config.data.mean = placeholder(tuple)
-  config.data.std = placeholder(tuple)
   return _imagenet(config) if variant == "imagenet" else _small(config, variant)
 
 
@@ -64,6 +59,10 @@ def _small(config: ConfigDict, source: str) -> ConfigDict:
   config.data.source = source
   config.data.grows = source == "folder"
   config.data.min_area = 0.35
+  config.data.eval_crop = placeholder(str)
+  config.data.eval_margin = placeholder(int)
+  config.data.mean = placeholder(tuple)
+  config.data.std = placeholder(tuple)
 
   config.train.epochs = 30.0
   config.train.batch_size = 32

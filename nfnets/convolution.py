@@ -269,7 +269,7 @@ def _to_overwrite(
 
 
 def varying_with(x: jax.Array, w: jax.Array) -> jax.Array:
-  """The kernel, as varying between devices as images are in a `shard_map`.
+  """A parameter, as varying between devices as images are in a `shard_map`.
 
   Loops and hand-written gradients want that; its gradient is then summed.
   """

@@ -142,8 +142,10 @@ def evaluate(
   """
   if (workdir is None) == (weights is None):
     raise UsageError("give either a workdir or weights to evaluate")
-  load = lambda: weights and pretrained.load_with_card(weights)
-  params, card = devices.on_all_hosts(load) or (None, None)
+  load = lambda: (
+    (None, None) if weights is None else pretrained.load_with_card(weights)
+  )
+  params, card = devices.on_all_hosts(load)
   if card is not None:
     config = _with_card(config, card, given)
   r = devices.on_all_hosts(lambda: recipe.resolve(config))

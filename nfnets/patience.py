@@ -36,31 +36,42 @@ class Patience:
       if row["kind"] == "eval" and row["step"] <= step
     ]
     self._count(rows)
+    if self.best is None:
+      return
     files = filter(Path.exists, (self._path, self._finished))
     kept = [pretrained.step_of(path) for path in files]
     # A file that does not say whose weights it holds is taken for the best.
-    if self.best is None or None in kept or self.best["step"] in kept:
+    if None in kept or self.best["step"] in kept:
       return
+    for row in rows:
+      if row["step"] in kept and row["ema_top1"] == self._highest:
+        self.best = row  # As good, though another had less loss.
+        return
     for first in kept:
       self._count(row for row in rows if row["step"] >= first)
       if self.best is not None and self.best["step"] == first:
         return
+    if any(first > step for first in kept):
+      # A run that goes on as it did comes to those weights again.
+      self._count(rows)
+      self.best = None
+      return
     self._count([])
 
   def _count(self, rows: Iterable[metrics.Row]) -> None:
     """Begins with these evaluations."""
-    self._num_since = 0
-    self.best: metrics.Row | None = None  # Of the record.
+    self._num_since, self._highest = 0, -1.0
+    self.best: metrics.Row | None = None  # Of the record; its weights are kept.
     for row in rows:
       self.add(row)
 
   def add(self, row: metrics.Row) -> bool:
     """Takes the next evaluation; whether it is the best."""
-    best = self.best or {"ema_top1": -1.0, "ema_loss": 0.0}
-    is_better = row["ema_top1"] > best["ema_top1"]
-    is_as_good = row["ema_top1"] == best["ema_top1"]
-    is_best = is_better or (is_as_good and row["ema_loss"] < best["ema_loss"])
-    self._num_since = 0 if is_better else self._num_since + 1
+    is_higher = row["ema_top1"] > self._highest
+    self._num_since = 0 if is_higher else self._num_since + 1
+    self._highest = max(self._highest, row["ema_top1"])
+    rank = lambda row: (row["ema_top1"], -row["ema_loss"])
+    is_best = self.best is None or rank(row) > rank(self.best)
     if is_best:
       self.best = row
     return is_best
@@ -68,7 +79,7 @@ class Patience:
   @property
   def is_exhausted(self) -> bool:
     """Whether the run is to end."""
-    return self._num_since >= self._limit
+    return self.best is not None and self._num_since >= self._limit
 
   def save(self, params: Any, card: Card) -> None:
     """Keeps the weights of the best evaluation; their card says its step."""

@@ -138,7 +138,28 @@ def load_file(
   path: str | Path, *, trained_in_timm: bool = False
 ) -> tuple[Params, Card | None]:
   """As `load_with_card`, of a file; `trained_in_timm`: see `timm.to_ours`."""
-  path = Path(path)
+  params, card, _ = _load_file(Path(path), trained_in_timm)
+  return params, card
+
+
+def card_to_start_from(source: str | Path) -> Card:
+  """The card of weights whose classes need no names, as they are replaced.
+
+  Without names, of a network for ImageNet with other classes, it is that of its
+  weights for ImageNet. Arguments and errors as of `load_with_known_card`.
+  """
+  path = Path(local(str(source)))
+  if path.is_file():
+    _, card, model = _load_file(path)
+    if model is not None:
+      return card or cards.for_imagenet(model, path.name)
+  return load_with_known_card(source)[1]
+
+
+def _load_file(
+  path: Path, trained_in_timm: bool = False
+) -> tuple[Params, Card | None, models.Model | None]:
+  """Weights, what they are, and the network, where these are known."""
   if not path.is_file():
     raise InputError(f"{path}: there is no such weights file or workdir")
   if path.suffix not in (".safetensors", ".npz"):
@@ -165,7 +186,7 @@ def load_file(
   if timm.is_timm(flat):
     model = _recognize(flat, str(path), _timm_candidates(flat))
     params = timm.to_ours(flat, model, trained_in_timm=trained_in_timm)
-    return params, _published_card(model, path)
+    return params, _published_card(model, path), model
   params: Params = {}
   flat = _dequantize(flat, path)
   for key, value in flat.items():
@@ -173,15 +194,16 @@ def load_file(
     params.setdefault(module, {})[name] = value.astype(np.float32, copy=False)
   if text is not None:
     card = Card.from_json(text, str(path))
-    check(params, card.make_model(), str(path))
-    return params, card
+    model = card.make_model()
+    check(params, model, str(path))
+    return params, card, model
   try:
     model = _recognize(flat, str(path), _our_candidates(flat))
   except InputError:
     if is_pickle:  # Only published networks are in pickles.
       raise
-    return params, None  # Of a network with other columns than the table's.
-  return params, _published_card(model, path)
+    return params, None, None  # With other columns than the table's.
+  return params, _published_card(model, path), model
 
 
 def _published_card(model: models.Model, path: Path) -> Card | None:
@@ -449,4 +471,4 @@ def _flatten(params: Any) -> dict[str, np.ndarray]:
 
 
 def _shapes_of(params: Any) -> Shapes:
-  return {key: tuple(value.shape) for key, value in _leaves(params)}
+  return {key: np.shape(value) for key, value in _leaves(params)}

@@ -16,7 +16,7 @@ from configs import base
 from nfnets import card as cards
 from nfnets import models, optim, pretrained, runs, steps
 from nfnets.augment import Augment, Normalization, make_augment
-from nfnets.data import images, sources
+from nfnets.data import folder, images, sources
 from nfnets.data.source import Sizes, Source
 from nfnets.errors import InputError, UsageError, unknown
 from nfnets.files import local, unfinished
@@ -138,11 +138,7 @@ def _card_of_start(config: ConfigDict) -> cards.Card:
       "starts from: give --config.init_from=WEIGHTS (a file, a workdir or a "
       "published name such as dm_nfnet_f0)"
     )
-  params, card = pretrained.load_with_card(config.init_from)
-  if card is None:  # Of other classes, which need no names: they are replaced.
-    model = pretrained.recognize(params, config.init_from)
-    card = cards.for_imagenet(model, config.init_from)
-  return card
+  return pretrained.card_to_start_from(config.init_from)
 
 
 def check_columns(card: cards.Card) -> None:
@@ -226,14 +222,15 @@ def check_apart(config: ConfigDict, workdir: Path) -> None:
   """Raises for a workdir that would be taken for a class of images."""
   if config.data.source != "folder" or config.data.dir is None:
     return
-  root = Path(local(config.data.dir)).resolve()
-  if (root / "train").is_dir():
-    root /= "train"
-  if workdir.resolve().is_relative_to(root):
-    raise InputError(
-      f"--workdir={workdir} is inside of {root}, where each folder is a class: "
-      "choose one elsewhere"
-    )
+  path = workdir.resolve()
+  for root in folder.roots(Path(local(config.data.dir)).resolve()):
+    if not path.is_relative_to(root):
+      continue
+    if not any(part[0] == "." for part in path.relative_to(root).parts):
+      raise InputError(
+        f"--workdir={workdir} is inside of {root}, where each folder is a "
+        "class: choose one elsewhere"
+      )
 
 
 def _on_this_machine(config: ConfigDict) -> ConfigDict:

@@ -97,12 +97,14 @@ def _train(
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir} is a file: --workdir is a folder")
   devices.check_shared(workdir)
-  _check_place_of_weights(workdir, config.init_from)
   changes = []
   if (workdir / "checkpoints").is_dir() and any(
     (workdir / "checkpoints").iterdir()
   ):
     changes = recipe.changes_since(r, workdir)
+  else:
+    check = lambda: _check_place_of_weights(workdir, config.init_from)
+    devices.on_all_hosts(check)
   with contextlib.ExitStack() as stack:
     if is_first_host:
       enter = lambda: stack.enter_context(checkpoint.locked(workdir))

@@ -26,7 +26,15 @@ from sklearn.datasets import load_digits
 
 from configs import base, finetune
 from nfnets import card as cards
-from nfnets import checkpoint, models, pretrained, recipe, rounds, train
+from nfnets import (
+  checkpoint,
+  models,
+  pretrained,
+  recipe,
+  rounds,
+  timm,
+  train,
+)
 from nfnets.errors import InputError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
@@ -326,6 +334,25 @@ def test_a_round_is_found_where_its_workdir_was_moved(start, tmp_path):
   assert rounds.choose(config, workdir)[1] == found
 
 
+def test_where_a_workdir_is_no_class(tmp_path):
+  """Beside the parts to train on and to test with, and where it is hidden."""
+  _write_digits(tmp_path, (5, 6), slice(0, 3))
+  config = finetune.get_config("folder")
+  config.data.dir = str(tmp_path)
+  recipe.check_apart(config, tmp_path / ".runs" / "x")
+  (tmp_path / "train").mkdir()
+  shutil.copy(tmp_path / "five" / "000.png", tmp_path / "train")
+  with pytest.raises(InputError, match=r"is inside of .*each folder is a cl"):
+    recipe.check_apart(config, tmp_path / "run")
+  for name in ("five", "six"):
+    shutil.move(tmp_path / name, tmp_path / "train" / name)
+  (tmp_path / "test").mkdir()
+  recipe.check_apart(config, tmp_path / "run")
+  for part in ("train", "test"):
+    with pytest.raises(InputError, match=r"is inside of .*each folder is a cl"):
+      recipe.check_apart(config, tmp_path / part / "run")
+
+
 def test_a_workdir_is_no_class(nfnets_here, tmp_path):
   _write_digits(tmp_path, (5, 6), slice(0, 10))
   command = [
@@ -601,6 +628,33 @@ def test_of_equal_accuracies_the_best_has_the_least_loss(tmp_path):
   assert patience.is_exhausted
 
 
+def test_patience_goes_on_alike_after_ties(tmp_path):
+  """From any step, with the weights that are there at it or after it."""
+  values = [(0.9, 1.0), (1.0, 0.5), (1.0, 0.3), (1.0, 0.4), (1.0, 0.2)]
+  rows = [
+    {"step": i, "kind": "eval", "ema_top1": top1, "ema_loss": loss}
+    for i, (top1, loss) in enumerate(values, start=1)
+  ]
+  lines = [json.dumps(row) + "\n" for row in rows]
+  (tmp_path / "metrics.jsonl").write_text("".join(lines))
+  kept = tmp_path / "best.safetensors"
+  for step in range(1, 6):  # Killed after it, at any later one.
+    for killed_at in range(step, 6):
+      best = {1: 1, 2: 2, 3: 3, 4: 3, 5: 5}[killed_at]
+      pretrained.save(kept, _params(), _card()._replace(step=best))
+      patience = Patience(tmp_path, 3, step=step)
+      for row in rows[step:]:
+        assert not patience.is_exhausted
+        patience.add(row)
+      assert patience.best["step"] == 5
+      assert patience.is_exhausted
+  # Of an earlier version, which kept the first.
+  pretrained.save(kept, _params(), _card()._replace(step=2))
+  patience = Patience(tmp_path, 3, step=5)
+  assert patience.best["step"] == 2
+  assert patience.is_exhausted
+
+
 def _card():
   return cards.for_imagenet(models.make("nfnet_tiny"), "made up")
 
@@ -609,25 +663,29 @@ def _params():
   return draw_params(param_shapes(_card().make_model()))
 
 
-def test_weights_whose_classes_have_no_names_are_a_start(tmp_path):
-  """As timm's for other sets than ImageNet's thousand."""
+@pytest.mark.parametrize("name", ["nfnet_l0", "timm_nf_resnet50"])
+def test_weights_whose_classes_have_no_names_are_a_start(name, tmp_path):
+  """As timm's for other sets than ImageNet's thousand.
+
+  The arrays of some of its networks have the shapes of published ones.
+  """
   _write_digits(tmp_path / "photos", (5, 6), slice(0, 10))
-  model = models.make("nfnet_l0", 3)
-  path = tmp_path / "l0.npz"
-  pretrained.save(path, draw_params(param_shapes(model)), card=None)
+  model = models.make(name, 3)
+  path = tmp_path / "timm.safetensors"
+  params = draw_params(param_shapes(model))
+  tensors = timm.from_ours(params, model, for_use_in_timm=False)
+  pretrained.save_tensors(path, tensors)
   config = finetune.get_config("folder")
   config.init_from, config.data.dir = str(path), str(tmp_path / "photos")
   r = recipe.resolve(config)
-  assert (r.model.name, r.model.num_classes) == ("nfnet_l0", 2)
-  published = cards.for_imagenet(models.make("nfnet_l0"), "")
-  names = ("image_size", "crop", "margin", "mean", "std")
-  for name in names:
-    assert getattr(r.card, name) == getattr(published, name)
+  assert (r.model.name, r.model.num_classes) == (name, 2)
+  published = cards.for_imagenet(models.make(name), "")
+  for field in ("image_size", "crop", "margin", "mean", "std"):
+    assert getattr(r.card, field) == getattr(published, field)
 
 
 def test_any_key_may_be_left_open_but_the_network_must_be_known(tmp_path):
   config = base.get_config()
   config.model.name = None
-  for given in (config, finetune.get_config("imagenet")):
-    with pytest.raises(InputError, match=r"takes network and preprocessing fr"):
-      recipe.resolve(given)
+  with pytest.raises(InputError, match=r"takes network and preprocessing from"):
+    recipe.resolve(config)

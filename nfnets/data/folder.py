@@ -49,7 +49,7 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
       f"{root} is no folder: give the one with train/CLASS/x.jpg or "
       "CLASS/x.jpg as --config.data.dir"
     )
-  train_root = root / "train" if _is_part(root / "train") else root
+  train_root, *test_roots = roots(root)
   found = _by_class(train_root)
   names = tuple(found)
   if len(names) < 2:
@@ -63,8 +63,7 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
         f"{train_root / name} holds no image files: add some or remove it"
       )
 
-  test_roots = [root / name for name in _HELD_OUT if (root / name).is_dir()]
-  if train_root != root and test_roots:
+  if test_roots:
     by_root = {path: _by_class(path) for path in test_roots}
     # Others may hold images that nobody has labelled.
     is_labelled = lambda path: any(by_root[path].get(name) for name in names)
@@ -96,20 +95,31 @@ def scan(root: Path, *, held_out_share: float) -> Listing:
   return Listing(names, train, test)
 
 
-def _is_part(folder: Path) -> bool:
-  """Whether it holds classes, rather than images as a class does."""
-  if not folder.is_dir():
-    return False
-  inside = [path for path in folder.iterdir() if path.name[0] != "."]
-  loose = list(filter(images.is_image, inside))
-  is_part = any(path.is_dir() for path in inside)
-  if loose and is_part:
-    raise InputError(
-      f"{folder} holds folders and images beside them, such as "
-      f"{loose[0].name}: as the part to train on it must have folders of "
-      "classes alone, as a class images alone"
-    )
-  return is_part or not loose
+def roots(root: Path) -> list[Path]:
+  """The folders of classes: that to train on, and those to test with.
+
+  `train` is the first of them, unless it is a class: with images in it, beside
+  other classes.
+
+  Raises:
+    InputError: when it may be either.
+  """
+  train = root / "train"
+  if not train.is_dir():
+    return [root]
+  tests = [root / name for name in _HELD_OUT if (root / name).is_dir()]
+  if not tests and len(_folders(root)) > 1:
+    shown = (path for path in train.iterdir() if path.name[0] != ".")
+    loose = next(filter(images.is_image, shown), None)
+    if loose and _folders(train):
+      raise InputError(
+        f"{train} holds folders and images beside them, such as {loose.name}, "
+        f"and {root} other folders: as the part to train on it must have "
+        "folders of classes alone, as a class images alone"
+      )
+    if loose:
+      return [root]
+  return [train, *tests]
 
 
 def _held_out(files: list[Path], root: Path, share: float) -> set[Path]:
@@ -141,12 +151,15 @@ def fingerprint(listing: Listing, root: Path) -> str:
   )
 
 
+def _folders(root: Path) -> list[Path]:
+  """Those in a folder that are not hidden, sorted."""
+  inside = (path for path in root.iterdir() if path.name[0] != ".")
+  return sorted(filter(Path.is_dir, inside))
+
+
 def _by_class(root: Path) -> dict[str, list[Path]]:
   """Sorted image files by sorted class folder."""
-  folders = sorted(
-    p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
-  )
-  found = {folder.name: images.inside_of(folder) for folder in folders}
+  found = {folder.name: images.inside_of(folder) for folder in _folders(root)}
   kinds = [path.suffix.lower() for files in found.values() for path in files]
   if others := [kind for kind in kinds if kind in _OTHER_PICTURES]:
     warnings.warn(

@@ -6,6 +6,7 @@ Shapes: H height, W width in pixels; images [H, W, 3] with values 0 to 255.
 import glob
 import io
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -88,25 +89,26 @@ def read(path: str | Path) -> np.ndarray:
     InputError: when the file cannot be read as an image.
   """
   try:
-    data = read_bytes(path)
+    data = Path(path).read_bytes()
   except OSError as error:
     raise InputError(f"{path} cannot be read: {error}") from None
   return decode(data, str(path))
 
 
 def read_bytes(path: str | Path) -> bytes:
-  """A file's bytes.
+  """The bytes of a file of a data set.
 
   Raises:
     InputError: when there is none, or it may not be read, or is something else
       (a pipe would be waited for).
     OSError: when it may be read another time.
   """
-  path = Path(path)
   try:
-    if path.exists() and not (path.is_file() or path.is_dir()):
-      raise InputError(f"{path} cannot be read: it is no file")
-    return path.read_bytes()
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(number, "rb") as file:
+      if not stat.S_ISREG(os.fstat(number).st_mode):
+        raise InputError(f"{path} cannot be read: it is no file")
+      return file.read()
   except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
     raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
