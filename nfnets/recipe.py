@@ -220,7 +220,7 @@ def check_given(config: ConfigDict, given: Sequence[str]) -> None:
 
 def check_apart(config: ConfigDict, workdir: Path) -> None:
   """Raises for a workdir that would be taken for a class of images."""
-  if config.data.source != "folder" or config.data.dir is None:
+  if config.data.source != "folder" or not config.data.dir:
     return
   path = workdir.resolve()
   for root in folder.roots(Path(local(config.data.dir)).resolve()):
