@@ -131,12 +131,11 @@ def convert(
   """
   out = Path(out)
   _check_out(out, (".safetensors", ".npz"), source)
-  path = Path(local(str(source)))
-  if path.is_file():
-    params, card = pretrained.load_file(path, trained_in_timm=folds_epsilon)
-  else:
-    params, card = pretrained.load_with_card(source)
-  model = card.make_model() if card else pretrained.recognize(params, str(path))
+  params, card, model = pretrained.load_with_model(
+    source, trained_in_timm=folds_epsilon
+  )
+  if model is None:  # Raises, with the differences to the nearest.
+    model = pretrained.recognize(params, str(source))
   if folds_epsilon and not (timm.name_of(model) or "").startswith("dm_"):
     raise InputError(
       f"--fold_epsilon is for dm_nfnet_f0 to f6, and {source} is {model.name}: "

@@ -30,9 +30,9 @@ def local(path: str) -> str:
   return os.path.expanduser(path)
 
 
-def check_output(path: str | Path, endings: Iterable[str]) -> None:
+def check_output(path: Path, endings: Iterable[str]) -> None:
   """Raises `InputError` for a file that could not be written in the end."""
-  path, endings = Path(path), list(endings)
+  endings = list(endings)
   if path.suffix not in endings:
     raise InputError(
       f"{path}: its name must end in {', '.join(endings)}, which says what is "

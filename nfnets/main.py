@@ -383,11 +383,11 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
     if getattr(args, name) < 1:
       raise UsageError(f"--{name}={getattr(args, name)}: must be at least 1")
   source = _source_of(args, "predict with")
+  if args.grid:
+    check_output(args.grid, _PICTURES)
   from nfnets import predict
   from nfnets.data import images
 
-  if args.grid:
-    check_output(args.grid, _PICTURES)
   found = images.find(args.paths)
   if args.grid:
     check_keeps(args.grid, found)

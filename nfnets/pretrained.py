@@ -57,13 +57,69 @@ def load_with_card(source: str | Path) -> tuple[Params, Card | None]:
   Files that say nothing about themselves are known by their shapes: with a
   thousand classes they get the card of weights for ImageNet, else none.
   """
+  params, card, _ = load_with_model(source)
+  return params, card
+
+
+def load_with_known_card(source: str | Path) -> tuple[Params, Card]:
+  """As `load_with_card`, of weights that say what they are.
+
+  Raises:
+    InputError: also for weights that do not.
+  """
+  params, card, model = load_with_model(source)
+  if model is None:
+    raise _unknown_network(source, params)
+  if card is None:
+    raise InputError(
+      f"{source} is {model.name} with {model.num_classes} classes, of which "
+      "it does not say the names: start training from it "
+      "(--config.init_from), or save it with a card (`pretrained.save`)"
+    )
+  return params, card
+
+
+def card_to_start_from(source: str | Path) -> Card:
+  """The card of weights whose classes need no names, as they are replaced.
+
+  Without names, of a network for ImageNet with other classes, it is that of its
+  weights for ImageNet.
+
+  Raises:
+    InputError: also for weights that nobody knows the network of.
+  """
+  params, card, model = load_with_model(source)
+  if model is None:
+    raise _unknown_network(source, params)
+  return card or cards.for_imagenet(model, Path(source).name)
+
+
+def _unknown_network(source: str | Path, params: Params) -> InputError:
+  names = [name.lstrip("/") for name in list(_flatten(params))[:2]]
+  return InputError(
+    f"{source} ({', '.join(names)}, ...) has no card "
+    "that names its network and classes, nor the shapes of one for ImageNet "
+    "that is known here (`nfnets info`): use weights that `nfnets train` or "
+    "`export` wrote, a release or timm's"
+  )
+
+
+def load_with_model(
+  source: str | Path, *, trained_in_timm: bool = False
+) -> tuple[Params, Card | None, models.Model | None]:
+  """As `load_with_card`, and the network, which may be known without a card.
+
+  Args:
+    source: See `load`.
+    trained_in_timm: See `timm.to_ours`.
+  """
   name = str(source)
   if name in downloads.PUBLISHED:
     path = downloads.fetch(name)
     params, _ = load_file(path)
     model = models.make(downloads.PUBLISHED[name].model)
     check(params, model, str(path))
-    return params, cards.for_imagenet(model, name)
+    return params, cards.for_imagenet(model, name), model
   path = Path(local(name))
   if path.is_dir():
     return _load_workdir(path)
@@ -73,49 +129,21 @@ def load_with_card(source: str | Path) -> tuple[Params, Card | None]:
       name,
       downloads.PUBLISHED,
     )
-  return load_file(path)
+  return _load_file(path, trained_in_timm=trained_in_timm)
 
 
-def load_with_known_card(source: str | Path) -> tuple[Params, Card]:
-  """As `load_with_card`, of weights that say what they are.
-
-  Raises:
-    InputError: also for weights that do not.
-  """
-  params, card = load_with_card(source)
-  if card is None:
-    try:
-      model = recognize(params, str(source))
-    except InputError:
-      pass
-    else:
-      raise InputError(
-        f"{source} is {model.name} with {model.num_classes} classes, of which "
-        "it does not say the names: start training from it "
-        "(--config.init_from), or save it with a card (`pretrained.save`)"
-      )
-    names = [name.lstrip("/") for name in list(_flatten(params))[:2]]
-    raise InputError(
-      f"{source} ({', '.join(names)}, ...) has no card "
-      "that names its network and classes, nor the shapes of one for ImageNet "
-      "that is known here (`nfnets info`): use weights that `nfnets train` or "
-      "`export` wrote, a release or timm's"
-    )
-  return params, card
-
-
-def _load_workdir(workdir: Path) -> tuple[Params, Card]:
+def _load_workdir(workdir: Path) -> tuple[Params, Card | None, models.Model]:
   workdir = runs.newest_round(workdir)
   card = runs.card_of(workdir)
   finished = workdir / "weights.safetensors"
   if finished.is_file():
-    return load_file(finished)
+    return _load_file(finished)
   # Here, as it takes long and weights files do without.
   from nfnets import checkpoint
 
   model, mesh = card.make_model(), devices.make_small_mesh()
   found = checkpoint.load_weights(workdir, model, mesh)
-  return jax.device_get(found["ema_params"]), card
+  return jax.device_get(found["ema_params"]), card, model
 
 
 def step_of(path: Path) -> int | None:
@@ -134,32 +162,15 @@ def step_of(path: Path) -> int | None:
   return Card.from_json(text, str(path)).step if text else None
 
 
-def load_file(
-  path: str | Path, *, trained_in_timm: bool = False
-) -> tuple[Params, Card | None]:
-  """As `load_with_card`, of a file; `trained_in_timm`: see `timm.to_ours`."""
-  params, card, _ = _load_file(Path(path), trained_in_timm)
+def load_file(path: str | Path) -> tuple[Params, Card | None]:
+  """As `load_with_card`, of a file."""
+  params, card, _ = _load_file(Path(path))
   return params, card
 
 
-def card_to_start_from(source: str | Path) -> Card:
-  """The card of weights whose classes need no names, as they are replaced.
-
-  Without names, of a network for ImageNet with other classes, it is that of its
-  weights for ImageNet. Arguments and errors as of `load_with_known_card`.
-  """
-  path = Path(local(str(source)))
-  if path.is_file():
-    _, card, model = _load_file(path)
-    if model is not None:
-      return card or cards.for_imagenet(model, path.name)
-  return load_with_known_card(source)[1]
-
-
 def _load_file(
-  path: Path, trained_in_timm: bool = False
+  path: Path, *, trained_in_timm: bool = False
 ) -> tuple[Params, Card | None, models.Model | None]:
-  """Weights, what they are, and the network, where these are known."""
   if not path.is_file():
     raise InputError(f"{path}: there is no such weights file or workdir")
   if path.suffix not in (".safetensors", ".npz"):

@@ -106,11 +106,10 @@ def _train(
     check = lambda: _check_place_of_weights(workdir, config.init_from)
     devices.on_all_hosts(check)
   with contextlib.ExitStack() as stack:
+    lock = contextlib.nullcontext()
     if is_first_host:
-      enter = lambda: stack.enter_context(checkpoint.locked(workdir))
-    else:
-      enter = lambda: None
-    devices.on_all_hosts(enter)
+      lock = checkpoint.locked(workdir)
+    devices.on_all_hosts(lambda: stack.enter_context(lock))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
@@ -353,7 +352,7 @@ def _remove_weights(workdir: Path, start: int) -> None:
   """
   path = workdir / "weights.safetensors"
   step = pretrained.step_of(path)
-  if step is not None and step != start:
+  if step not in (None, start):
     path.replace(path.with_name(f"weights_{step}.safetensors"))
   path.unlink(missing_ok=True)
 

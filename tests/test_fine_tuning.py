@@ -28,6 +28,7 @@ from configs import base, finetune
 from nfnets import card as cards
 from nfnets import (
   checkpoint,
+  export,
   models,
   pretrained,
   recipe,
@@ -682,6 +683,8 @@ def test_weights_whose_classes_have_no_names_are_a_start(name, tmp_path):
   published = cards.for_imagenet(models.make(name), "")
   for field in ("image_size", "crop", "margin", "mean", "std"):
     assert getattr(r.card, field) == getattr(published, field)
+  title = export.convert(path, tmp_path / "ours.npz", folds_epsilon=False)
+  assert title == f"{name}, 3 classes"
 
 
 def test_any_key_may_be_left_open_but_the_network_must_be_known(tmp_path):

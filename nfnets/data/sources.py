@@ -126,7 +126,7 @@ def _folder(
       len(files), fetch, sizes=sizes, pool=pool, broken=broken
     )
 
-  # Of names in an old encoding the bytes that are no text become `\\xe9`.
+  # Of names in an old encoding the bytes that are no text become `\xe9`.
   names = imagenet.readable(
     [
       os.fsencode(name).decode(errors="backslashreplace")
