@@ -12,7 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfnets import checkpoint, devices, plots, pretrained, recipe, steps
+from nfnets import (
+  checkpoint,
+  devices,
+  hosts,
+  plots,
+  pretrained,
+  recipe,
+  steps,
+)
 from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.data.source import Split
@@ -145,10 +153,10 @@ def evaluate(
   load = lambda: (
     (None, None) if weights is None else pretrained.load_with_card(weights)
   )
-  params, card = devices.on_all_hosts(load)
+  params, card = hosts.on_all_hosts(load)
   if card is not None:
     config = _with_card(config, card, given)
-  r = devices.on_all_hosts(lambda: recipe.resolve(config))
+  r = hosts.on_all_hosts(lambda: recipe.resolve(config))
   if workdir is not None:
     # Raises for another model or data set.
     recipe.changes_since(r, workdir, may_change=_MAY_CHANGE)
@@ -160,10 +168,10 @@ def evaluate(
       "give the config of the data that the weights were trained on"
     )
   mesh = devices.make_mesh(config.train.num_devices)
-  is_first_host = devices.is_first_host()
+  is_first_host = hosts.is_first_host()
   details_here = details if is_first_host else None
   # Now, rather than when all is computed.
-  devices.on_all_hosts(lambda: _check_details(details_here))
+  hosts.on_all_hosts(lambda: _check_details(details_here))
   eval_step = steps.make_eval_step(
     r.model,
     mesh,
@@ -184,7 +192,7 @@ def evaluate(
     if config.train.patience is not None and best.is_file():
       params, _ = pretrained.load_file(best)
       by_kind["best"] = (devices.replicate(params, mesh), {})
-  devices.check_agreement(
+  hosts.check_agreement(
     r.identity()
     | {
       "--weights": str(weights),

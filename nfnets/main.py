@@ -7,6 +7,7 @@ Anything heavy is imported by the command that needs it.
 
 import argparse
 import ast
+import contextlib
 import csv
 import difflib
 import importlib.util
@@ -320,14 +321,13 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     started = (runs.rounds_of(started) or [started])[-1]
   config = _load_config(args.config, rest, started)
   _keep_compiled()
-  from nfnets import devices, train
+  from nfnets import hosts, train
 
-  if args.pod:
-    devices.join_pod()
-  else:
-    devices.check_alone()
-  result = train.train(config, workdir)
-  if devices.is_first_host():
+  if not args.pod:
+    hosts.check_alone()
+  with hosts.pod() if args.pod else contextlib.nullcontext():
+    result = train.train(config, workdir)
+  if hosts.is_first_host():
     from nfnets import runs
 
     what = "EMA weights"
@@ -350,19 +350,18 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     args.workdir = runs.newest_round(args.workdir)
   config = _load_config(args.config, rest, args.workdir)
   _keep_compiled()
-  from nfnets import devices, evaluate, progress
+  from nfnets import evaluate, hosts, progress
 
-  if args.pod:
-    devices.join_pod()
-  results = evaluate.evaluate(
-    config,
-    workdir=args.workdir,
-    weights=args.weights,
-    given=_given(rest),
-    details=args.details,
-    tell=progress.Ticker(lambda line: print(line, file=sys.stderr)),
-  )
-  if not devices.is_first_host():
+  with hosts.pod() if args.pod else contextlib.nullcontext():
+    results = evaluate.evaluate(
+      config,
+      workdir=args.workdir,
+      weights=args.weights,
+      given=_given(rest),
+      details=args.details,
+      tell=progress.Ticker(lambda line: print(line, file=sys.stderr)),
+    )
+  if not hosts.is_first_host():
     return
   if args.json:
     means = {

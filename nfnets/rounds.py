@@ -16,6 +16,7 @@ from nfnets import (
   checkpoint,
   devices,
   evaluate,
+  hosts,
   pretrained,
   recipe,
   runs,
@@ -83,13 +84,13 @@ def choose(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Path]:
       f"{folder} has weights but no {runs.CONFIG}: put that back, or move the "
       "folder away"
     )
-  if devices.is_first_host():
+  if hosts.is_first_host():
     with checkpoint.locked(last):  # Raises while that one is trained.
       pass
   newest = runs.newest_round(workdir)
   if runs.has_weights(newest):
     config.init_from = str(newest)
-  if devices.is_first_host():
+  if hosts.is_first_host():
     print(
       f"the images are others than those of {last.name} ({found}): another "
       f"round starts from {config.init_from}"
@@ -122,12 +123,12 @@ def report(r: recipe.Recipe, folder: Path) -> None:
   init_from = _where_it_is_now(r.config.init_from, folder.parent)
   if init_from is None:
     return
-  devices.wait_for_hosts("weights")  # One has written them.
+  hosts.wait_for_hosts("weights")  # One has written them.
   load = lambda: pretrained.load_with_card(init_from)
   try:
-    old, card = devices.on_all_hosts(load)
+    old, card = hosts.on_all_hosts(load)
   except InputError as error:  # They were moved since the start.
-    if devices.is_first_host():
+    if hosts.is_first_host():
       print(f"what was known before cannot be compared: {error}")
     return
   names = r.card.class_names
@@ -166,7 +167,7 @@ def report(r: recipe.Recipe, folder: Path) -> None:
   )
   tables = {when: result.confusion for when, result in results.items()}
   rows = compare(tables, is_known)
-  if not devices.is_first_host():
+  if not hosts.is_first_host():
     return
   with unfinished(folder / "growth.json") as partial:
     partial.write_text(json.dumps(rows, indent=2) + "\n")

@@ -22,6 +22,7 @@ from nfnets import (
   checkpoint,
   devices,
   evaluate,
+  hosts,
   metrics,
   plots,
   pretrained,
@@ -63,7 +64,7 @@ def train(config: ConfigDict, workdir: Path) -> evaluate.Result:
   recipe.check(config)
   with stops.on_signal() as stop:
     # Once: a folder may have more images, and classes, when the run ends.
-    r, folder = devices.on_all_hosts(lambda: _choose(config, Path(workdir)))
+    r, folder = hosts.on_all_hosts(lambda: _choose(config, Path(workdir)))
     result = _train(r, folder, stop)
     if r.config.data.grows:
       rounds.report(r, folder)
@@ -90,13 +91,13 @@ def _train(
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
   devices.check_batch_size(batch_size, mesh, config.train.accumulate)
-  devices.check_agreement(r.identity() | {"--workdir": workdir.name})
+  hosts.check_agreement(r.identity() | {"--workdir": workdir.name})
   programs = _make_programs(r, mesh)
 
-  is_first_host = devices.is_first_host()
+  is_first_host = hosts.is_first_host()
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir} is a file: --workdir is a folder")
-  devices.check_shared(workdir)
+  hosts.check_shared(workdir)
   changes = []
   if (workdir / "checkpoints").is_dir() and any(
     (workdir / "checkpoints").iterdir()
@@ -104,12 +105,12 @@ def _train(
     changes = recipe.changes_since(r, workdir)
   else:
     check = lambda: _check_place_of_weights(workdir, config.init_from)
-    devices.on_all_hosts(check)
+    hosts.on_all_hosts(check)
   with contextlib.ExitStack() as stack:
     lock = contextlib.nullcontext()
     if is_first_host:
       lock = checkpoint.locked(workdir)
-    devices.on_all_hosts(lambda: stack.enter_context(lock))
+    hosts.on_all_hosts(lambda: stack.enter_context(lock))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
@@ -131,7 +132,7 @@ def _train(
         f"({', '.join(changes)}): choose another --workdir for a new run, or "
         f"raise {reached} to train this one for longer"
       )
-    devices.wait_for_hosts("files of the run")  # Read before one moves them.
+    hosts.wait_for_hosts("files of the run")  # Read before one moves them.
     if is_first_host:
       recipe.save(r, workdir)
       if not is_over:  # No weights but those of a run that is complete.
@@ -310,7 +311,7 @@ def _start_from(
 ) -> steps.TrainState:
   """A fresh state with other weights."""
   load = lambda: pretrained.load_with_card(source)
-  params, card = devices.on_all_hosts(load)
+  params, card = hosts.on_all_hosts(load)
   params = pretrained.transfer(
     params,
     jax.device_get(state.params),
@@ -377,7 +378,7 @@ class _Curves:
 
   def _draw(self) -> None:
     self._drawn = time.monotonic()
-    if not devices.is_first_host():
+    if not hosts.is_first_host():
       return
     path = self._workdir / "curves.png"
     try:

@@ -20,6 +20,7 @@ FLOORS = (
     "devices",
     "downloads",
     "files",
+    "hosts",
     "initial",
     "layers",
     "losses",

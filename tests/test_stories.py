@@ -220,6 +220,40 @@ def test_a_process_that_cannot_start_is_told_to_the_other(
   assert "no is no folder: give" in second[2]
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_ends_the_other_too(
+  environment, tmp_path, failing
+):
+  """In the middle, where each waits for what the other computes."""
+  for name in "ab":
+    for folder in "whole", "broken":
+      (tmp_path / folder / name).mkdir(parents=True)
+    for i in range(10):
+      Image.new("RGB", (32, 32)).save(tmp_path / "whole" / name / f"{i}.png")
+      (tmp_path / "broken" / name / f"{i}.png").touch()
+  first, second = [
+    f"--config.data.dir={tmp_path / ('broken' if i == failing else 'whole')}"
+    for i in range(2)
+  ]
+  options = [
+    f"--workdir={tmp_path / 'pod'}",
+    *TINY_RUN,
+    "--config.data.source=folder",
+    "--config.data.max_broken=2",
+    "--config.train.batch_size=8",
+  ]
+  results = run_pod(environment, *options, first, second=[second])
+  # JAX alone would abort both (134 in a shell) after minutes.
+  assert [code for code, *_ in results] == [1, 1], results
+  errors = [errors for *_, errors in results]
+  assert re.search(
+    r"nfnets train: \d images could not be read.*\n$", errors[failing]
+  )
+  assert errors[1 - failing].endswith(
+    f"nfnets: process {failing} failed and says why: this one ends with it\n"
+  )
+
+
 @pytest.mark.slow
 def test_one_of_two_processes_that_is_asked_to_stop_stops_both(
   environment, tmp_path

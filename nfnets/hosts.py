@@ -1,0 +1,242 @@
+"""Hosts: the processes of one job, how they start, agree, and end together.
+
+(Usually one for each host, and so they are called; of several each has its
+part of the host's devices.)
+"""
+
+import atexit
+import contextlib
+import os
+import secrets
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed  # Its client has no public name.
+from jax.experimental import multihost_utils
+
+from nfnets.errors import InputError, StoppedError, UsageError
+
+# How long a new file may take to be seen on another host, over a network.
+_SEEN_IN_SECONDS = 60
+
+# Where a process that fails leaves its number for the others of its job, how
+# often these look, and how long one that fails as well has to say why.
+_FAILED = "nfnets/failed"
+_LOOK_EVERY_SECONDS = 1.0
+_SECONDS_TO_SAY_WHY = 3.0
+
+# In which launchers say how many processes they started. (Slurm's SLURM_NTASKS
+# is also there in a job's shell, which is one process.)
+_COUNTS = (
+  "SLURM_STEP_NUM_TASKS",
+  "OMPI_COMM_WORLD_SIZE",
+  "JAX_NUM_PROCESSES",
+)
+
+
+def join_pod() -> None:
+  """Makes this process part of a multi-host job; call before anything else.
+
+  Address, number of processes and index come from the cluster (TPU pods, Slurm,
+  Open MPI 4, Kubernetes) or from the variables JAX_COORDINATOR_ADDRESS
+  (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. A process that
+  is alone on its host has all GPUs there; of several each has the one of its
+  number, or those in JAX_LOCAL_DEVICE_IDS.
+
+  Raises:
+    InputError: when the job cannot be joined.
+  """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  if address is not None and not address.rpartition(":")[2].isdecimal():
+    raise InputError(
+      f"JAX_COORDINATOR_ADDRESS={address} has no port: write host:port, with a "
+      "port that is free on the host of process 0"
+    )
+  try:
+    numbers = [
+      int(os.environ[name]) if name in os.environ else None
+      for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    ]
+    # None: as JAX chooses, which is one for each process; an empty list: all.
+    is_open = "JAX_LOCAL_DEVICE_IDS" not in os.environ and _is_alone_on_host()
+    jax.distributed.initialize(None, *numbers, [] if is_open else None)
+  except (ValueError, RuntimeError) as error:
+    raise InputError(
+      f"cannot join a multi-host job ({str(error).splitlines()[0]}): start one "
+      "process per host under the cluster's launcher, or set "
+      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    ) from None
+
+
+@contextlib.contextmanager
+def pod() -> Iterator[None]:
+  """`join_pod`; in the context, a process that fails ends all of the job.
+
+  Else the others would wait for it in a program of theirs, it for them at its
+  end, and all would be aborted after minutes.
+  """
+  join_pod()
+  client, mine = distributed.global_state.client, jax.process_index()
+  # Process 0 goes last: it has the store, without which JAX aborts the others.
+  seconds = _SECONDS_TO_SAY_WHY * (2 if mine == 0 else 1)
+  is_over = threading.Event()
+
+  def end_with_others() -> None:
+    who = None
+    while who is None:
+      if is_over.wait(_LOOK_EVERY_SECONDS):
+        return
+      with contextlib.suppress(RuntimeError):  # It is not there.
+        who = client.key_value_try_get(_FAILED)
+    time.sleep(seconds)
+    text = f"process {who} failed and says why: this one ends with it"
+    print(f"nfnets: {text}", file=sys.stderr)
+    _leave(1)
+
+  threading.Thread(target=end_with_others, daemon=True).start()
+  try:
+    yield
+  except Exception as error:
+    # A stop is one of all processes, which wait for each other.
+    if not isinstance(error, StoppedError):
+      with contextlib.suppress(RuntimeError):  # Another failed before.
+        client.key_value_set(_FAILED, str(mine))
+      # Before JAX, which would wait for the others.
+      code = 2 if isinstance(error, UsageError) else 1
+      atexit.register(_leave, code, after=seconds if mine == 0 else 0.0)
+    raise
+  finally:
+    is_over.set()
+
+
+def _leave(code: int, *, after: float = 0.0) -> None:
+  """Ends this process at once, after so many seconds."""
+  time.sleep(after)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def check_alone() -> None:
+  """Raises `UsageError` where a launcher says that it started several.
+
+  Without `join_pod` each of them would be a run of its own.
+  """
+  found = {name: os.environ.get(name, "") for name in _COUNTS}
+  numbers = {k: int(v) for k, v in found.items() if v.isdecimal()}
+  name = "TPU_WORKER_HOSTNAMES"
+  numbers[name] = len(os.environ.get(name, "").split(","))
+  for name, number in numbers.items():
+    if number > 1:
+      raise UsageError(
+        f"{name} tells of {number} processes, and each would train a run of "
+        "its own: add --pod to train one together, or, if several are wanted, "
+        f"start each by `env -u {name}` with another --workdir"
+      )
+
+
+def _is_alone_on_host() -> bool:
+  """Whether the launcher, if it is one, started one process on each host."""
+  variables = os.environ
+  if "OMPI_COMM_WORLD_LOCAL_SIZE" in variables:
+    return variables["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+  if "SLURM_STEP_NUM_NODES" in variables:
+    return variables.get("SLURM_NTASKS") == variables["SLURM_STEP_NUM_NODES"]
+  return True
+
+
+def is_first_host() -> bool:
+  """Whether this process speaks and writes for all."""
+  return jax.process_index() == 0
+
+
+def wait_for_hosts(what: str) -> None:
+  """Returns when all processes have come here; `what` tells places apart."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def on_all_hosts(function: Callable[[], Any]) -> Any:
+  """What a function returns; what fails on one host fails on all.
+
+  Else the others would wait for it, and end in an error about the network.
+
+  Raises:
+    InputError: on the others.
+  """
+  error, result = None, None
+  try:
+    result = function()
+  except (InputError, OSError) as e:
+    error = e
+  if jax.process_count() > 1:
+    failed = _processes_where(error is not None)
+    if failed and error is None:
+      error = InputError(f"process {failed} cannot start: it says why")
+  if error is not None:
+    raise error
+  return result
+
+
+def _processes_where(is_so: bool) -> str:
+  """The numbers of those that call it with True; all must call it."""
+  answers = multihost_utils.process_allgather(np.array(is_so))
+  return ", ".join(map(str, np.flatnonzero(answers)))
+
+
+def check_agreement(values: dict[str, Any]) -> None:
+  """Raises `InputError`, on all hosts, unless they have the same values.
+
+  Args:
+    values: By name, the same names everywhere; compared as they are printed.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = [zlib.crc32(repr(value).encode()) for value in values.values()]
+  found = multihost_utils.process_allgather(np.array(mine, np.uint32))
+  if names := [
+    f"{name} (here {value!r})"
+    for (name, value), is_other in zip(
+      values.items(), (found != found[0]).any(0), strict=True
+    )
+    if is_other
+  ]:
+    raise InputError(
+      f"the hosts differ in {', '.join(names)}: start the same command, with "
+      "the same files, on each"
+    )
+
+
+def check_shared(folder: Path) -> None:
+  """Raises `InputError`, on all hosts, unless a folder is the same for all.
+
+  It is created if it is not there.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = np.uint32(secrets.randbits(32))
+  token = int(multihost_utils.broadcast_one_to_all(mine))
+  path = folder / f".seen_by_all_{token:08x}"
+  if is_first_host():
+    folder.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  wait_for_hosts("a file to be seen")
+  start = time.monotonic()
+  while not path.exists() and time.monotonic() - start < _SEEN_IN_SECONDS:
+    time.sleep(0.1)
+  others = _processes_where(not path.exists())
+  if is_first_host():
+    path.unlink()
+  if others:
+    raise InputError(
+      f"{folder} is not the same folder on all hosts (process {others} does "
+      "not see what process 0 wrote): --workdir must be on a file system that "
+      "they share"
+    )
