@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
   config.data.dir = placeholder(str)  # Where it is, unless part of a package.
   config.data.tfds_name = placeholder(str)  # Of a TFDS set: imagenet2012.
   # Of a TFDS set, in the paper's words: train_and_valid is all training images,
-  # valid the first 10,000 of them, train the rest, test the validation set.
+  # valid the first 10,000 of them, train the rest, test ImageNet's validation
+  # set. (Of a set that has both, `test` and `validation` are its own.)
   # To test on valid, train on train.
   config.data.train_split = "train_and_valid"
   config.data.test_split = "test"

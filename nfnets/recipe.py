@@ -219,7 +219,17 @@ def check_given(config: ConfigDict, given: Sequence[str]) -> None:
 
 
 def check_apart(config: ConfigDict, workdir: Path) -> None:
-  """Raises for a workdir that would be taken for a class of images."""
+  """Raises where a run would test on what it is trained on.
+
+  Or would take its workdir for a class of images.
+  """
+  splits = config.data.train_split, config.data.test_split
+  is_twice = splits[0] == splits[1] or splits == ("train_and_valid", "valid")
+  if config.data.source == "tfds" and is_twice:
+    raise UsageError(
+      f"config.data.test_split={splits[1]} is a part of what config.data."
+      f"train_split={splits[0]} trains on: give --config.data.train_split=train"
+    )
   if config.data.source != "folder" or not config.data.dir:
     return
   path = workdir.resolve()

@@ -202,16 +202,7 @@ def expect(builder, args: argparse.Namespace, again: str) -> None:
 
 def check_shards(builder, again: str) -> None:
   """Compares the files with what the set says of itself."""
-  from array_record.python.array_record_module import ArrayRecordReader
-
-  damaged = []
-  for path, num in tfds_source.shards(builder):
-    try:
-      found = ArrayRecordReader(str(path)).num_records()
-    except RuntimeError:
-      found = None
-    if found != num:
-      damaged.append(path.name)
+  damaged = [path.name for path in tfds_source.damaged_shards(builder)]
   if damaged:
     fail(
       f"{builder.data_path} has {len(damaged)} damaged or missing shards "

@@ -268,6 +268,23 @@ def test_examples_that_cannot_be_read_are_replaced_in_training():
     next(none)
 
 
+@pytest.mark.parametrize("position", [0, 4])
+def test_one_of_many_hosts_whose_only_image_cannot_be_read(position):
+  """Takes its image of the next batch, and the same when it goes on there."""
+  (bad,) = batches.epoch_order(8, seed=0, epoch=0)[[position + 1]]
+  make = lambda split, start: batches.TrainBatches(
+    split, batch_size=4, seed=0, position=start, host=1, num_hosts=4
+  )
+  whole = make(_numbered(8), 0)
+  labels = [next(whole).labels.tolist() for _ in range(3)]
+  at = position // 4
+  labels[at] = labels[at + 1]
+  stream = make(_numbered(8, bad=(bad,)), 0)
+  assert [next(stream).labels.tolist() for _ in range(2)] == labels[:2]
+  again = make(_numbered(8, bad=(bad,)), position)
+  assert next(again).labels.tolist() == labels[at]
+
+
 def test_examples_that_cannot_be_read_are_masked_in_evaluation():
   found = list(batches.eval_batches(_numbered(6, bad=(2,)), batch_size=4))
   labels = np.concatenate([batch.labels[batch.mask > 0] for batch in found])

@@ -36,7 +36,7 @@ from nfnets import (
   timm,
   train,
 )
-from nfnets.errors import InputError
+from nfnets.errors import InputError, UsageError
 from nfnets.models.plan import is_classifier
 from nfnets.patience import Patience
 
@@ -352,6 +352,19 @@ def test_where_a_workdir_is_no_class(tmp_path):
   for part in ("train", "test"):
     with pytest.raises(InputError, match=r"is inside of .*each folder is a cl"):
       recipe.check_apart(config, tmp_path / part / "run")
+
+
+def test_what_is_trained_on_is_not_tested_on(tmp_path):
+  config = finetune.get_config("tfds")
+  for splits in ("train", "valid"), ("train_and_valid", "test"):
+    config.data.train_split, config.data.test_split = splits
+    recipe.check_apart(config, tmp_path)
+  for splits in ("train_and_valid", "valid"), ("valid", "valid"):
+    config.data.train_split, config.data.test_split = splits
+    with pytest.raises(
+      UsageError, match=r"test_split=valid is a part of .*=tr"
+    ):
+      recipe.check_apart(config, tmp_path)
 
 
 def test_a_workdir_is_no_class(nfnets_here, tmp_path):

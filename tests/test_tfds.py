@@ -30,7 +30,9 @@ SIZES = Sizes(train=24, test=32, test_margin=8)
 def _jpeg(seed):
   pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3))
   file = io.BytesIO()
-  Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG")
+  tags = Image.Exif()
+  tags[0x0112] = 1 + seed % 8  # How to turn it, which TensorFlow does not.
+  Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", exif=tags)
   return file.getvalue()
 
 
@@ -96,9 +98,13 @@ def test_splits_have_the_papers_names(data_dir):
 def test_examples_are_the_files_that_were_prepared(data_dir):
   source = _load(data_dir)
   read = source.test.read(np.arange(10), None)
+  as_it_lies = {
+    i: np.array(Image.open(io.BytesIO(_jpeg(100 + i)))) for i in range(10)
+  }
+  assert {image.shape for image in as_it_lies.values()} == {(40, 50, 3)}
   expected = {
-    (100 + i) % 3: images.resize_crop(images.decode(_jpeg(100 + i), ""), 32, 8)
-    for i in range(10)
+    (100 + i) % 3: images.resize_crop(image, 32, 8)
+    for i, image in as_it_lies.items()
   }
   assert sorted(read.labels) == sorted((100 + i) % 3 for i in range(10))
   for label, image in expected.items():
@@ -118,8 +124,13 @@ def test_sets_that_are_not_there(data_dir, tmp_path):
     _load(data_dir, train_split="tran")
   builder = tfds_source.open_builder(str(data_dir), "insects")
   info = types.SimpleNamespace(name="insects", splits={"test": None})
-  with pytest.raises(InputError, match=r"no split to train on \(it has test\)"):
+  with pytest.raises(
+    InputError, match=r"no split to train on \(it has test\): .*_split=test"
+  ):
     tfds_source.slice_of(types.SimpleNamespace(info=info), "train")
+  for below in ("insects", "insects/1.0.0"):
+    with pytest.raises(InputError, match=rf"data_dir, here {data_dir} \("):
+      _load(data_dir / below)
   assert tfds_source.slice_of(builder, "train_and_valid") == "train"
 
 
@@ -130,17 +141,77 @@ def test_files_that_are_missing_or_damaged(data_dir, tmp_path):
   data[6000:12_000] = bytes(6000)  # Of some examples.
   shard.write_bytes(data)
   source = _load(tmp_path)
-  with pytest.warns(UserWarning, match=r"skipped: .*\[\d+\]: Corrupted"):
+  with pytest.warns(
+    UserWarning, match=rf"skipped: .*\[\d+\] of {shard.name}: Corrupted"
+  ):
     read = source.train.read(np.arange(40), None)
   assert 0 < read.is_good.sum() < 40
   source = _load(tmp_path, max_broken=0)
-  with pytest.raises(InputError, match=r"train_and_valid \[\d+\]: Corrupted"):
+  with pytest.raises(
+    InputError, match=r"train_and_valid \[\d+\] of .*: Corrupted"
+  ):
     source.train.read(np.arange(40), None)
+  for size in (len(data) // 2, 0):
+    shard.write_bytes(data[:size])  # As of a copy that was broken off.
+    with pytest.raises(
+      InputError, match=f"has 1 damaged files, as {shard.name}, .*: copy"
+    ):
+      _load(tmp_path)
   shard.unlink()
   with pytest.raises(
     InputError, match=f"lacks 1 of its files, as {shard.name}"
   ):
     _load(tmp_path)
+
+
+class Flowers(Insects):
+  """A set with another label and mask, and all of TFDS's splits."""
+
+  def _info(self):
+    features = {
+      "image": tfds.features.Image(),
+      "mask": tfds.features.Image(shape=(None, None, 1)),
+      "label": tfds.features.ClassLabel(names=["iris", "lily", "rose"]),
+      "family": tfds.features.ClassLabel(num_classes=2),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      supervised_keys=("image", "label"),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    numbers = {"train": 5, "validation": 6, "test": 7}
+    return {name: self._generate_examples(0, n) for name, n in numbers.items()}
+
+  def _generate_examples(self, start, num):
+    for i in range(start, start + num):
+      image, mask = (io.BytesIO(_jpeg(i)) for _ in range(2))
+      label = -1 if i == 6 else i % 3  # As of a split without labels.
+      yield i, {"image": image, "mask": mask, "label": label, "family": 0}
+
+
+def test_a_set_that_says_which_of_its_features_count(tmp_path):
+  builder = Flowers(data_dir=str(tmp_path), file_format="array_record")
+  builder.download_and_prepare()
+  source = _load(tmp_path, tfds_name="flowers", test_split="validation")
+  assert source.test.num_examples == 6
+  source = _load(tmp_path, tfds_name="flowers")
+  assert source.test.num_examples == 7
+  assert source.class_names == ("iris", "lily", "rose")
+  with pytest.warns(UserWarning, match="label -1, which is none of 3 classes"):
+    read = source.test.read(np.arange(7), None)
+  assert read.is_good.sum() == 6
+  inner = _load(
+    tmp_path, tfds_name="flowers", train_split="train", test_split="valid"
+  )
+  assert (inner.train.num_examples, inner.test.num_examples) == (4, 1)
+  (names,) = tmp_path.rglob("label.labels.txt")
+  names.unlink()
+  with pytest.warns(UserWarning, match=r"no names of its .*label.labels.txt"):
+    source = _load(tmp_path, tfds_name="flowers")
+  assert source.class_names == ("0", "1", "2")
 
 
 @pytest.mark.parametrize("hard", [1024, 30])

@@ -21,6 +21,9 @@ from nfnets.errors import InputError
 _MAIN, _PARTNERS = 0, 1
 _CROPS = 2  # Sets the random numbers of crops apart from those of orders.
 
+# How many batches are looked at for one image that can be read.
+_ATTEMPTS = 10
+
 
 def epoch_order(
   num_examples: int, *, seed: int, epoch: int, stream: int = _MAIN
@@ -66,9 +69,14 @@ class TrainBatches:
     return self
 
   def __next__(self) -> Batch:
-    parts = [self._part(stream) for stream in self._streams]
-    indices, draws = map(np.concatenate, zip(*parts, strict=True))
-    images, labels = _without_bad(self._split.read(indices, draws))
+    for ahead in range(_ATTEMPTS):
+      position = self.position + ahead * self._batch_size
+      parts = [self._part(stream, position) for stream in self._streams]
+      indices, draws = map(np.concatenate, zip(*parts, strict=True))
+      read = self._split.read(indices, draws)
+      if read.is_good.any():
+        break
+    images, labels = _without_bad(read)
     self.position += self._batch_size
     num = len(parts[0][0])
     batch = Batch(images[:num], labels[:num], np.ones(num, np.float32))
@@ -78,16 +86,16 @@ class TrainBatches:
       )
     return batch
 
-  def _part(self, stream: int) -> tuple[np.ndarray, np.ndarray]:
-    """This host's examples of the next batch of a stream, and their draws."""
-    places = np.arange(self.position, self.position + self._batch_size)
+  def _part(self, stream: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """This host's examples of a batch of a stream, and their draws."""
+    places = np.arange(position, position + self._batch_size)
     epochs, places = np.divmod(places[self._mine], self._split.num_examples)
     indices = [
       self._order(int(epoch), stream)[places[epochs == epoch]]
       for epoch in np.unique(epochs)
     ]
     # Drawn for the batch of all hosts, so that their number does not matter.
-    key = (self._seed, _CROPS, stream, self.position)
+    key = (self._seed, _CROPS, stream, position)
     shape = (self._batch_size, *crops.DRAWS)
     draws = np.random.default_rng(key).random(shape)[self._mine]
     return np.concatenate(indices), draws

@@ -80,6 +80,7 @@ def make_split(
   sizes: Sizes,
   pool: ThreadPoolExecutor,
   broken: Broken,
+  is_upright: bool = True,
 ) -> Split:
   """A split over encoded images.
 
@@ -90,6 +91,7 @@ def make_split(
     sizes: Of the images to give.
     pool: Threads that decode; a batch is divided among them.
     broken: Where files are counted that cannot be read.
+    is_upright: Whether tags of rotation are followed.
   """
 
   buffers = Buffers()
@@ -108,7 +110,7 @@ def make_split(
       for at in places:
         try:
           data, labels[at], name = fetch(int(indices[at]))
-          image = images.decode(data, name)
+          image = images.decode(data, name, is_upright=is_upright)
         except InputError as error:
           broken.add(error)
           out[at] = 0

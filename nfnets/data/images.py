@@ -113,8 +113,8 @@ def read_bytes(path: str | Path) -> bytes:
     raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
-  """Decodes an image: uint8 [H, W, 3] RGB, upright.
+def decode(data: bytes, name: str, *, is_upright: bool = True) -> np.ndarray:
+  """Decodes an image: uint8 [H, W, 3] RGB.
 
   Plain JPEGs take a fast way that leaves Python's lock to other threads.
 
@@ -125,11 +125,14 @@ def decode(data: bytes, name: str) -> np.ndarray:
   Args:
     data: The file's bytes.
     name: Of the file, for errors.
+    is_upright: As a person would see it; if not, rotation tags are left alone,
+      as TensorFlow does, and so the published pipeline.
 
   Raises:
     InputError: when the bytes cannot be read as an image.
   """
-  if data[:3] == b"\xff\xd8\xff" and not _has_exif(data):
+  is_jpeg = data[:3] == b"\xff\xd8\xff"
+  if is_jpeg and not (is_upright and _has_exif(data)):
     image = _decode_plain_jpeg(data)
     if image is not None:
       return image
@@ -137,7 +140,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
 
   try:
     with Image.open(io.BytesIO(data)) as image:
-      image = ImageOps.exif_transpose(image)
+      if is_upright:
+        image = ImageOps.exif_transpose(image)
       if image.mode == "F":
         raise ValueError("its pixels are fractions: save it with 8 or 16 bits")
       if image.mode.startswith("I;16") or image.mode == "I":

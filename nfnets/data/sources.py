@@ -1,6 +1,7 @@
 """Data sets by name: the one table, and what each is made from."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +96,12 @@ def _tfds(
   def split(name: str) -> Split:
     num_examples, fetch = tfds_source.open_split(builder, name)
     return encoded.make_split(
-      num_examples, fetch, sizes=sizes, pool=pool, broken=broken
+      num_examples,
+      fetch,
+      sizes=sizes,
+      pool=pool,
+      broken=broken,
+      is_upright=False,  # As published.
     )
 
   if builder.info.name == "imagenet2012":
@@ -103,6 +109,12 @@ def _tfds(
     names = imagenet.class_names()
   else:
     names = imagenet.readable(builder.info.features[label_key].names)
+    if names == tuple(map(str, range(len(names)))):
+      warnings.warn(
+        f"{builder.data_dir} has no names of its classes "
+        f"({label_key}.labels.txt), which are numbers here",
+        stacklevel=1,
+      )
   train, test = map(split, splits)
   fingerprint = (
     f"{builder.info.full_name}, {train.num_examples:,} and "

@@ -4,8 +4,11 @@ Read through `tfds` data sources, which need the set prepared as `array_record`
 (random access); `scripts/prepare_imagenet.sh` makes such a set or converts one.
 """
 
+import bisect
+import itertools
 import resource
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ _NUM_VALID = 10_000
 # That a process lets itself open where the system sets no limit.
 _MANY_FILES = 10_240
 
-SPLITS = ("train", "train_and_valid", "valid", "test")
+SPLITS = ("train", "train_and_valid", "valid", "validation", "test")
 
 
 def open_builder(root: Path, name: str) -> Any:
@@ -33,6 +36,7 @@ def open_builder(root: Path, name: str) -> Any:
   """
   try:
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format
     from tensorflow_datasets.core import read_only_builder
   except ImportError as error:
     raise InputError(
@@ -45,10 +49,12 @@ def open_builder(root: Path, name: str) -> Any:
     tfds.core.DatasetNotFoundError,
     FileNotFoundError,
     ValueError,
+    json_format.ParseError,
   ) as error:
     raise InputError(
       f"there is no prepared TFDS set {name!r} below {root}: --config.data.dir "
-      f"is TFDS's data_dir ({str(error).strip().splitlines()[0]})"
+      f"is TFDS's data_dir{_hint(root)} "
+      f"({str(error).strip().splitlines()[0]})"
     ) from None
   formats = [f.value for f in builder.info.available_file_formats()]
   if "array_record" not in formats:
@@ -67,19 +73,52 @@ def open_builder(root: Path, name: str) -> Any:
   return builder
 
 
-def shards(builder: Any) -> list[tuple[Path, int]]:
-  """The array_record files of a set, and how many examples each has."""
+def _hint(root: Path) -> str:
+  """Which folder was meant, where one below it was given."""
+  for level, pattern in enumerate(("dataset_info.json", "*/dataset_info.json")):
+    if next(root.glob(pattern), None):
+      return f", here {root.resolve().parents[1 - level]}"
+  return ""
+
+
+def shards(builder: Any, split: str | None = None) -> list[tuple[Path, int]]:
+  """The array_record files of a set, and how many examples each has.
+
+  Of all splits, or of one with TFDS's name.
+  """
   found = []
-  for split in builder.info.splits.values():
-    template = split.filename_template.replace(filetype_suffix="array_record")
-    paths = template.sharded_filepaths(split.num_shards)
-    found += zip(map(Path, paths), split.shard_lengths, strict=True)
+  splits = builder.info.splits
+  for info in splits.values() if split is None else [splits[split]]:
+    template = info.filename_template.replace(filetype_suffix="array_record")
+    paths = template.sharded_filepaths(info.num_shards)
+    found += zip(map(Path, paths), info.shard_lengths, strict=True)
   return found
 
 
 def missing_shards(builder: Any) -> list[Path]:
   """Those of them that are not there."""
   return [path for path, _ in shards(builder) if not path.is_file()]
+
+
+def damaged_shards(builder: Any, split: str | None = None) -> list[Path]:
+  """Those that have another number of examples than the set says, or none."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  def is_whole(path: Path, num_examples: int) -> bool:
+    try:
+      reader = ArrayRecordReader(str(path))
+      num = reader.num_records()
+      reader.close()
+    except RuntimeError:
+      return False
+    return num == num_examples
+
+  paths, numbers = zip(*shards(builder, split), strict=True)
+  with ThreadPoolExecutor(16) as pool:  # A file may be far away.
+    whole = list(pool.map(is_whole, paths, numbers))
+  return [
+    path for path, is_good in zip(paths, whole, strict=True) if not is_good
+  ]
 
 
 def _allow_open_files(builder: Any, split: str) -> None:
@@ -106,14 +145,18 @@ def _allow_open_files(builder: Any, split: str) -> None:
 def keys(builder: Any) -> tuple[str, str]:
   """Names of the image and of the label in its examples.
 
+  Those that the set is to be trained with, where it says so and has several.
+
   Raises:
-    InputError: unless there is exactly one of each.
+    InputError: unless there is one of each.
   """
   import tensorflow_datasets as tfds
 
   found = []
+  told = builder.info.supervised_keys or ()
   for kind in (tfds.features.Image, tfds.features.ClassLabel):
     names = [n for n, f in builder.info.features.items() if type(f) is kind]
+    names = [name for name in names if name in told] or names
     if len(names) != 1:
       raise InputError(
         f"{builder.info.name} has {len(names)} features of kind "
@@ -127,27 +170,28 @@ def slice_of(builder: Any, split: str) -> str:
   """TFDS's words for a split with the paper's name.
 
   `train_and_valid` is TFDS's train, `valid` its first 10,000 examples (or a
-  tenth, where that is less), `train` the rest, `test` its validation split
-  (ImageNet's own test labels are secret) or, without one, its test split.
+  tenth, where that is less), `train` the rest, `validation` its validation
+  split, and `test` its test split or, without one and of ImageNet (whose test
+  labels are secret), its validation split.
   """
   if split not in SPLITS:
     raise unknown("split", split, SPLITS)
-  splits = builder.info.splits
-  if split == "test":
-    names = [n for n in ("validation", "test") if n in splits]
-    if not names:
-      raise InputError(
-        f"{builder.info.name} has no validation or test split (it has "
-        f"{', '.join(splits)}): use --config.data.test_split=valid with "
-        "--config.data.train_split=train"
-      )
-    return names[0]
+  name, splits = builder.info.name, builder.info.splits
+  if split in ("validation", "test"):
+    is_validation = split == "validation" or name == "imagenet2012"
+    names = ("validation",) if is_validation else ("test", "validation")
+    if found := [n for n in names if n in splits]:
+      return found[0]
+    raise InputError(
+      f"{name} has no {' or '.join(names)} split (it has {', '.join(splits)}): "
+      "use --config.data.test_split=valid with --config.data.train_split=train"
+    )
   if "train" not in splits:
     raise InputError(
-      f"{builder.info.name} has no split to train on (it has "
-      f"{', '.join(splits)})"
+      f"{name} has no split to train on (it has {', '.join(splits)}): to "
+      "evaluate on it, give --config.data.train_split=test"
     )
-  num_valid = min(_NUM_VALID, splits["train"].num_examples // 10)
+  num_valid = min(_NUM_VALID, max(1, splits["train"].num_examples // 10))
   return {
     "train_and_valid": "train",
     "train": f"train[{num_valid}:]",
@@ -161,31 +205,51 @@ def open_split(
   """How many examples a split has, and a function to read one.
 
   It returns the image file, the label and a name for errors, and raises
-  InputError for an example that is damaged, OSError for a file that cannot be
-  read.
+  InputError for an example that is damaged or of none of the classes, OSError
+  for a file that cannot be read.
 
   Raises:
-    InputError: when too few files may be open.
+    InputError: when files are damaged, or too few may be open.
   """
   import tensorflow_datasets as tfds
   from google.protobuf import message
   from tensorflow_datasets.proto import tf_example_pb2
 
   _allow_open_files(builder, split)
+  part = slice_of(builder, split)
+  if damaged := damaged_shards(builder, part.partition("[")[0]):
+    raise InputError(
+      f"{builder.data_dir} has {len(damaged)} damaged files, as "
+      f"{damaged[0].name}, whose examples are not those that the set should "
+      "have: copy them there again"
+    )
   # Parsed here: TFDS's own decoding takes 180 us per example, this 45.
   records = builder.as_data_source(
-    split=slice_of(builder, split),
+    split=part,
     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
   )
   image_key, label_key = keys(builder)
+  num_classes = builder.info.features[label_key].num_classes
+  files = builder.info.splits[part].file_instructions
+  ends = list(itertools.accumulate(file.take for file in files))
+  suffix = builder.info.file_format.file_suffix  # A converted set has two.
 
   def read(index: int) -> tuple[bytes, int, str]:
-    name = f"{builder.info.name} {split} [{index}]"
+    file = Path(files[bisect.bisect(ends, index)].filename).name
+    file = file.replace(suffix, "array_record")
+    name = f"{builder.info.name} {split} [{index}] of {file}"
     try:
       example = tf_example_pb2.Example.FromString(records[index])
       feature = example.features.feature
-      image, label = feature[image_key], feature[label_key]
-      return image.bytes_list.value[0], label.int64_list.value[0], name
+      image, label = (
+        feature[image_key].bytes_list.value[0],
+        feature[label_key].int64_list.value[0],
+      )
+      if not 0 <= label < num_classes:
+        raise InputError(
+          f"{name} has label {label}, which is none of {num_classes} classes"
+        )
+      return image, label, name
     except (IndexError, message.DecodeError) as error:
       raise InputError(f"{name} is damaged: {error}") from None
     except RuntimeError as error:  # array_record's, for all that goes wrong.
