@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfnets import augment, randaugment
+from nfnets import augment, mixing, randaugment
 from nfnets.data.batch import Batch
 
 KEY = jax.random.key(0)
@@ -147,3 +147,20 @@ def test_randaugment_comes_after_mixing_and_gives_grey_levels():
   np.testing.assert_array_equal(out.images, expected)
   assert (out.images != batch.images).mean() > 0.5
   assert ((out.share >= 0) & (out.share <= 1)).all()
+
+
+def test_partners_are_flipped_by_themselves(monkeypatch):
+  rng = np.random.default_rng(0)
+  draw = lambda: rng.integers(0, 256, (400, 4, 4, 3)).astype(np.uint8)
+  labels = np.arange(400, dtype=np.int32)
+  batch = Batch(draw(), labels, np.ones(400, np.float32), draw(), labels)
+  mix = augment.make_augment(flip=True, mixup_alpha=1.0)
+  mirrored = []
+  for i, before in enumerate((batch.images, batch.partner_images)):
+    one_of = lambda weights, *both, i=i: both[i]
+    monkeypatch.setattr(mixing, "blend", one_of)
+    after = np.asarray(mix(KEY, jnp.arange(400), batch).images)
+    mirrored.append((after == before[:, :, ::-1]).all((1, 2, 3)))
+    assert (mirrored[i] ^ (after == before).all((1, 2, 3))).all()
+    assert 0.4 < mirrored[i].mean() < 0.6
+  assert 0.4 < (mirrored[0] == mirrored[1]).mean() < 0.6

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -818,3 +819,61 @@ def test_a_pipe_among_images_is_skipped(tmp_path):
     draws = np.zeros((source.train.num_examples, *crops.DRAWS))
     found = source.train.read(np.arange(len(draws)), draws)
   assert len(found.is_good) - found.is_good.sum() == 1
+
+
+def test_windows_are_anywhere():
+  rng = np.random.default_rng(0)
+  height, width = 500, 400
+  windows = [
+    crops.random_window(height, width, draws, size=48)
+    for draws in rng.random((3000, *crops.DRAWS)).tolist()
+  ]
+  top, left, h, w = np.array(windows).T
+  free = (height - h > 10) & (width - w > 10)
+  down = top[free] / (height - h - 1)[free]
+  across = left[free] / (width - w - 1)[free]
+  for share in (down, across):
+    np.testing.assert_allclose(
+      np.quantile(share, (0.1, 0.5, 0.9)), (0.1, 0.5, 0.9), atol=0.04
+    )
+  assert abs(np.corrcoef(down, across)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("min_area", [0.08, 0.7])
+def test_a_training_image_is_its_window(tmp_path, min_area):
+  _make_folder(tmp_path / "train", ("a", "b"), 5, "png")
+  _make_folder(tmp_path / "test", ("a",), 1, "png")
+  sizes = SIZES._replace(train_min_area=min_area)
+  split = sources.load("folder", sizes=sizes, directory=str(tmp_path)).train
+  draws = np.random.default_rng(0).random((10, *crops.DRAWS))
+  found = split.read(np.arange(10), draws).images
+  paths = sorted((tmp_path / "train").rglob("*.png"))
+  areas = []
+  for path, numbers, ours in zip(paths, draws.tolist(), found, strict=True):
+    top, left, h, w = crops.random_window(
+      40, 50, numbers, size=24, min_area=min_area
+    )
+    part = images.read(path)[top : top + h, left : left + w]
+    assert part.shape == (h, w, 3)
+    expected = cv2.resize(part, (24, 24), interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_array_equal(ours, expected)
+    areas.append(h * w / (40 * 50))
+  assert min(areas) > 0.9 * min_area
+  assert min_area > 0.5 or min(areas) < 0.5
+
+
+def test_crops_are_drawn_anew():
+  seen = []
+
+  def read(indices, draws):
+    seen.extend(np.split(draws, len(draws) // 4))
+    return _numbered(10).read(indices, draws)
+
+  for seed in (0, 1):
+    stream = batches.TrainBatches(
+      Split(10, read), batch_size=4, seed=seed, with_partners=True
+    )
+    for _ in range(3):
+      next(stream)
+  assert len(seen) == 12  # Two seeds, three batches, images and partners.
+  assert len({draws.tobytes() for draws in seen}) == 12

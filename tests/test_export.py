@@ -1,5 +1,6 @@
 """Exports: other runtimes give what JAX gives; the command line's lines."""
 
+import functools
 import json
 import pathlib
 import re
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, SMALL, draw_params, param_shapes
 from PIL import Image
+from safetensors.numpy import load_file
 
 from nfnets import card as cards
-from nfnets import export, layers, models, onnx_graph, pretrained
+from nfnets import export, layers, models, onnx_graph, pretrained, timm
 from nfnets.augment import Normalization
+from nfnets.data import images
 from nfnets.errors import InputError
 from nfnets.predict import Classifier
 
@@ -382,3 +385,36 @@ def test_paths_may_be_strings(tmp_path):
   assert [p.name for p in written] == ["x.onnx", "x.onnx.md"]
   export.convert(path, str(tmp_path / "y.npz"), folds_epsilon=False)
   assert pretrained.load_file(str(tmp_path / "y.npz"))[1] == CARD
+
+
+def test_a_prediction_prepares_images_as_its_card_says(tmp_path):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (70, 90, 3)).astype(np.uint8)
+  params = draw_params(param_shapes(CARD.make_model()))
+  side = int(70 / 41 * 33)
+  top, left = (70 - side + 1) // 2, (90 - side + 1) // 2
+  for crop, expected in (
+    ("resize", images.resize(image, 41)[4:37, 4:37]),
+    ("padded", images.resize(image[top : top + side, left : left + side], 33)),
+  ):
+    path = tmp_path / f"{crop}.npz"
+    pretrained.save(path, params, CARD._replace(crop=crop))
+    np.testing.assert_allclose(
+      Classifier(path).prepare(image), expected, atol=1e-3
+    )
+
+
+def test_a_conversion_folds_epsilon_both_ways(tmp_path):
+  model = models.make("nfnet_f0", 10)
+  params = draw_params(param_shapes(model))
+  ours, theirs, back = (tmp_path / f"{n}.safetensors" for n in "abc")
+  pretrained.save(ours, params)
+  export.convert(ours, theirs, to="timm", folds_epsilon=True)
+  expected = timm.from_ours(params, model, for_use_in_timm=True)
+  jax.tree.map(np.testing.assert_array_equal, load_file(theirs), expected)
+  export.convert(theirs, back, folds_epsilon=True)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-6),
+    pretrained.load(back),
+    params,
+  )

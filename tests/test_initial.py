@@ -72,3 +72,21 @@ def test_a_network_is_drawn_as_by_haiku(name):
       if value.size >= 64:
         spread = 4 / np.sqrt(value.size)  # Some four standard errors.
         np.testing.assert_allclose(np.std(value), np.std(expected), rtol=spread)
+
+
+def test_first_weights_have_the_published_deviations():
+  model = models.make("nfnet_tiny", 100, **SMALL)
+  x = jnp.zeros((1, 32, 32, 3))
+  params, _ = jax.jit(model.init)(jax.random.key(0), x)
+  for module, fan_in in (
+    ("final_conv", 32),
+    ("nf_block_1/~/conv1", 72),
+  ):
+    w = params[f"NFNet/~/{module}"]["w"]
+    np.testing.assert_allclose(np.std(w), fan_in**-0.5, rtol=0.1)
+  np.testing.assert_allclose(
+    np.std(params["NFNet/~/linear"]["w"]), 0.01, rtol=0.1
+  )
+  regnet = models.make("nf_regnet_b0", 10, depth=(1, 1), width=(16, 32))
+  params, _ = jax.jit(regnet.init)(jax.random.key(0), x)
+  assert not np.any(params["NF_RegNet/~/linear"]["w"])

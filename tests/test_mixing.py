@@ -77,3 +77,14 @@ def test_blend_of_equal_images_is_the_image():
   weights = mixing.mixup_weights(_keys(4), 8, 8, 0.2)
   mixed = mixing.blend(weights, image, image)
   np.testing.assert_allclose(mixed, image, rtol=1e-6)
+
+
+def test_boxes_inside_of_the_image_have_even_sides():
+  """As half of a side is rounded down."""
+  num = 0
+  for box in np.asarray(mixing.cutmix_weights(_keys(300), 32, 40)[..., 0]):
+    for side in (box.any(1), box.any(0)):
+      if side.any() and not side[0] and not side[-1]:
+        assert side.sum() % 2 == 0
+        num += 1
+  assert num > 100

@@ -688,3 +688,34 @@ def test_nothing_leaks_from_a_trace():
   loss = lambda p: jnp.sum(model.apply(p, {}, None, images)[0]["logits"])
   with jax.checking_leaks():
     jax.eval_shape(jax.grad(loss), params)
+
+
+@pytest.mark.parametrize("kind", ["drop_rate", "stochdepth_rate"])
+def test_what_is_hardly_ever_dropped_changes_nothing(kind):
+  rates = {"drop_rate": 0.0, "stochdepth_rate": 0.0} | {kind: 1e-6}
+  model = models.make("nfnet_tiny", 10, **SMALL, **rates)
+  x = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
+  params = draw_params(param_shapes(model))
+  trained, evaluated = (
+    model.apply(params, {}, jax.random.key(0), x, is_training=flag)[0]["logits"]
+    for flag in (True, False)
+  )
+  np.testing.assert_allclose(trained, evaluated, rtol=1e-4, atol=1e-5)
+
+
+def test_branches_are_kept_at_the_rates_of_their_blocks(monkeypatch):
+  seen, original = [], layers.stochastic_depth
+
+  def watch(key, keep_rates, num):
+    seen.append((list(keep_rates), num))
+    return original(key, keep_rates, num)
+
+  monkeypatch.setattr(layers, "stochastic_depth", watch)
+  row = SMALL | {"depth": (1, 3), "stochdepth_rate": 0.4}
+  model = models.make("nfnet_tiny", 10, **row)
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+  train = functools.partial(model.apply, is_training=True)
+  jax.eval_shape(train, *model.shapes(), jax.random.key(0), images)
+  ((rates, num),) = seen
+  assert rates == pytest.approx([1, 0.9, 0.8, 0.7])
+  assert num == 2

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import SMALL, draw_params, param_shapes
 
-from nfnets import card, models, pretrained
+from configs import digits
+from nfnets import card, checkpoint, models, pretrained, recipe, steps
 from nfnets.data import imagenet
 from nfnets.errors import InputError
 
@@ -329,3 +330,17 @@ def test_a_card_makes_a_network_for_other_classes(params):
     InputError, match=r"3 names for a classifier of 2 classes"
   ):
     pretrained.transfer(params, fresh, model, **names, origin="x")
+
+
+def test_a_run_that_is_not_over_means_its_averages(tmp_path):
+  config = digits.get_config()
+  config.model.update(SMALL)
+  r = recipe.resolve(config)
+  recipe.save(r, tmp_path)
+  params = draw_params(param_shapes(r.model))
+  average = jax.tree.map(lambda x: x + 1, params)
+  state = steps.TrainState(np.int32(3), params, {}, (np.zeros(1),), average, {})
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(state, position=0)
+  found = pretrained.load(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, found, average)

@@ -281,6 +281,81 @@ def test_every_recipe_has_a_golden_file_and_each_file_a_recipe():
   assert files == set(RECIPES)
 
 
+@pytest.fixture
+def load(monkeypatch):
+  made = sources.load("synthetic", sizes=Sizes(8, 8, 0))
+  given = {}
+
+  def call(name, **options):
+    given.update(options, name=name)
+    return made
+
+  monkeypatch.setattr(sources, "load", call)
+  return given
+
+
+def test_every_setting_of_the_data_reaches_it(load):
+  config = digits.get_config()
+  values = {
+    "source": "tfds",
+    "dir": "/data",
+    "tfds_name": "insects",
+    "train_split": "train",
+    "test_split": "valid",
+    "held_out_share": 0.3,
+    "max_broken": 7,
+    "num_threads": 3,
+    "train_size": 40,
+    "test_size": 48,
+    "eval_margin": 5,
+    "eval_crop": "padded",
+    "min_area": 0.35,
+  }
+  config.data.update(values)
+  others = {"grows", "mean", "std"}
+  assert set(config.data) == set(values) | others
+  recipe.resolve(config)
+  assert load.pop("sizes") == Sizes(40, 48, 5, "padded", 0.35)
+  assert load.pop("name") == "tfds"
+  assert load.pop("directory") == "/data"
+  assert load == {name: values[name] for name in load}
+  assert len(load) == 6
+
+
+def test_settings_of_the_network_and_its_images_reach_them(load, monkeypatch):
+  config = nfnet_imagenet.get_config("F1")
+  config.train.remat, config.train.scan = "blocks", True
+  config.train.packed = False
+  r = recipe.resolve(config)
+  found = r.model.execution
+  assert (found.remat, found.is_scanned) == ("blocks", True)
+  assert not found.is_packed
+  given = {}
+  monkeypatch.setattr(recipe, "make_augment", lambda **kw: given.update(kw))
+  r.make_augment()
+  assert given["randaugment_magnitude"] == 10  # F1's, in Table 1.
+
+
+@pytest.mark.parametrize(
+  ("partners", "alpha", "cutmix", "expected"),
+  [
+    ("fresh", 0.2, True, True),
+    ("fresh", 0.0, True, True),
+    ("fresh", 0.2, False, True),
+    ("fresh", 0.0, False, False),
+    ("roll", 0.2, True, False),
+  ],
+)
+def test_partners_are_read_where_images_are_mixed_with_fresh_ones(
+  partners, alpha, cutmix, expected
+):
+  config = digits.get_config()
+  config.augment.update(
+    {"partners": partners, "mixup_alpha": alpha, "cutmix": cutmix}
+  )
+  assert recipe.resolve(config).needs_partners == expected
+
+
 if __name__ == "__main__":
   for given in RECIPES:
     _path(given).parent.mkdir(exist_ok=True)

@@ -437,7 +437,7 @@ def test_unknown_precision_is_an_error():
 
 def test_mixed_labels_sum_to_one_and_follow_the_shares():
   """A step on a batch mixed by hand has the loss of its mixed targets."""
-  fixed = np.array([0.0, 0.25, 0.5, 1.0] * 2, np.float32)
+  fixed = np.linspace(0, 1, 8, dtype=np.float32)  # Another at each place.
 
   def mix(key, places, batch):
     del key
@@ -447,9 +447,13 @@ def test_mixed_labels_sum_to_one_and_follow_the_shares():
 
   model = ONE_BLOCK
   (batch,) = _batches(0, 1, 8)
-  _, metrics = _run(model, 2, [batch], augment=mix)
   params = draw_params(param_shapes(model))
   logits = jax.jit(model.apply)(params, {}, None, batch.images)[0]["logits"]
+  # Three are right, the others second best; what partners are counts not.
+  first, second = np.argsort(-np.asarray(logits), -1)[:, :2].T
+  labels = np.where(np.arange(8) < 3, first, second).astype(np.int32)
+  batch = batch._replace(labels=labels)
+  state, metrics = _run(model, 2, [batch], augment=mix)
   targets = np.zeros((8, 10))
   targets[np.arange(8), batch.labels] += fixed
   targets[np.arange(8), (batch.labels + 1) % 10] += 1 - fixed
@@ -457,6 +461,31 @@ def test_mixed_labels_sum_to_one_and_follow_the_shares():
   np.testing.assert_allclose(targets.sum(-1), 1)
   expected = -np.mean(np.sum(targets * jax.nn.log_softmax(logits), -1))
   np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=1e-5)
+  assert metrics[0]["accuracy"] == pytest.approx(3 / 8)
+  norm = float(optax.tree.norm(state.params))
+  assert metrics[0]["param_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_every_device_and_micro_batch_draws_anew(sam_rho, monkeypatch):
+  seen = set()
+
+  def apply(params, state, key, images, is_training):
+    del is_training
+    jax.debug.callback(
+      lambda data: seen.add(np.asarray(data).tobytes()),
+      jax.random.key_data(key),
+    )
+    w = params["NFNet/~/linear"]["w"]
+    return {"logits": jnp.mean(images, (1, 2)) @ w[:3]}, state
+
+  monkeypatch.setattr(models, "folded", lambda model: model)
+  monkeypatch.setattr(models, "standardize", lambda model, params: params)
+  model = ONE_BLOCK._replace(apply=apply)
+  _run(model, 2, _batches(0, 1, 16) * 2, accumulate=2, sam_rho=sam_rho)
+  jax.effects_barrier()
+  num = 2 * 2 * 2  # Steps, devices, micro-batches.
+  assert len(seen) == num * (2 if sam_rho else 1)
 
 
 def test_a_fresh_state_holds_no_array_twice():

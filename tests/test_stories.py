@@ -93,6 +93,9 @@ def test_a_run_leaves_what_the_readme_says(finished):
     "weights.safetensors",
   }
   assert [row["step"] for row in read_rows(finished)] == list(range(1, 45))
+  rates = [row["learning_rate"] for row in read_rows(finished)]
+  assert rates[0] == 0
+  assert rates[22] == pytest.approx(0.5)  # After 22 steps of warm-up.
   row = read_rows(finished)[10]
   expected = {"loss", "accuracy", "grad_norm", "learning_rate", "clipped/all"}
   assert expected < row.keys()
@@ -601,8 +604,11 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(
   assert set(results) == {"raw", "ema"}
   assert results["ema"]["num_examples"] == 360
   recorded = read_rows(finished, "eval")[-1]
+  assert recorded["raw_loss"] != pytest.approx(recorded["ema_loss"], rel=1e-4)
   for kind in ("raw", "ema"):
     assert results[kind]["top1"] == recorded[f"{kind}_top1"]
+    loss = recorded[f"{kind}_loss"]
+    assert results[kind]["loss"] == pytest.approx(loss, rel=1e-5)
 
   weights = finished / "weights.safetensors"
   of_weights = nfnets(
@@ -616,6 +622,7 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(
   )
   top1 = results["ema"]["top1"]
   assert f"top-1 {top1:.2%}" in of_weights.stdout
+  assert f"loss {recorded['ema_loss']:.4f}" in of_weights.stdout
   assert "(360 images)" in of_weights.stdout
   assert _last_line(of_weights) == f"per class: {tmp_path}"
 
@@ -635,6 +642,19 @@ def test_evaluation_of_a_run_and_of_its_weights_agree(
         assert confusion[i, int(row["mistaken_for"])] == int(row["times"])
   with Image.open(tmp_path / "confusion.png") as picture:
     assert min(picture.size) > 300
+
+
+def test_what_classes_are_mistaken_for(tmp_path):
+  confusion = np.array([[5, 1, 3], [0, 9, 0], [2, 0, 0]])
+  result = evaluate.Result(1.0, 0.7, 1.0, 20, confusion)
+  evaluate.save_details(tmp_path, result, ("a", "b", "c"))
+  with (tmp_path / "per_class.csv").open() as file:
+    _, *rows = csv.reader(file)
+  assert rows == [
+    ["a", "9", "0.5556", "c", "3"],
+    ["b", "9", "1.0000", "", "0"],
+    ["c", "2", "0.0000", "a", "2"],
+  ]
 
 
 @pytest.mark.filterwarnings("ignore:skipped:UserWarning")

@@ -362,3 +362,13 @@ def test_a_batch_can_be_looked_at(data_dir, nfnets, tmp_path):
     assert sheet.size[0] > sheet.size[1] > 300
     is_blank = np.asarray(sheet)[..., :3].min(-1) == 255
     assert is_blank.mean() < 0.5
+
+
+def test_the_papers_validation_images_are_ten_thousand():
+  counts = {"train": 1_281_167, "validation": 50_000}
+  splits = {k: types.SimpleNamespace(num_examples=n) for k, n in counts.items()}
+  info = types.SimpleNamespace(name="imagenet2012", splits=splits)
+  builder = types.SimpleNamespace(info=info)
+  found = [tfds_source.slice_of(builder, s) for s in tfds_source.SPLITS]
+  images = ["train[10000:]", "train", "train[:10000]"]
+  assert found == [*images, "validation", "validation"]

@@ -204,3 +204,24 @@ def test_released_weights_in_timm_as_it_is(run_timm, tmp_path):
   pretrained.save_tensors(path, tensors)
   _, _, folded = run_timm("--model=dm_nfnet_f0", f"--weights={path}")
   assert np.max(np.abs(ours - folded)) < 3e-4
+
+
+def test_names_of_timm():
+  """Of a first block, as its networks have them."""
+  f0 = timm.shapes(models.make("nfnet_f0"))
+  first = {k: s for k, s in f0.items() if k.startswith("stages.0.0.")}
+  assert {k[11:]: s for k, s in first.items() if k.endswith("weight")} == {
+    "conv1.weight": (128, 128, 1, 1),
+    "conv2.weight": (128, 128, 3, 3),
+    "conv2b.weight": (128, 128, 3, 3),
+    "conv3.weight": (256, 128, 1, 1),
+    "downsample.conv.weight": (256, 128, 1, 1),
+    "attn_last.fc1.weight": (128, 256, 1, 1),
+    "attn_last.fc2.weight": (256, 128, 1, 1),
+  }
+  assert first["stages.0.0.skipinit_gain"] == ()
+  assert first["stages.0.0.conv1.gain"] == (128, 1, 1, 1)
+  regnet = timm.shapes(models.make("timm_nf_regnet_b1"))
+  assert "stages.0.0.attn.fc1.weight" in regnet
+  eca = timm.shapes(models.make("eca_nfnet_l0"))
+  assert eca["stages.0.0.attn_last.conv.weight"] == (1, 1, 5)
