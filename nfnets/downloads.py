@@ -73,6 +73,15 @@ def cache_folder() -> Path:
   return Path(platformdirs.user_cache_dir("nfnets"))
 
 
+def keep_compiled() -> None:
+  """Keeps compiled programs for the next start, unless JAX is told where."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = cache_folder() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def fetch(name: str) -> Path:
   """The file of published weights, downloaded unless it is in the cache.
 

@@ -221,7 +221,9 @@ def _make_parser() -> argparse.ArgumentParser:
     "--top", type=int, default=5, help="classes per image (default: 5)"
   )
   command.add_argument(
-    "--batch_size", type=int, default=32, help="images at a time (default: 32)"
+    "--batch_size",
+    type=int,
+    help="images at a time (default: 8 on a CPU, else 32)",
   )
   command.add_argument(
     "--precision",
@@ -320,8 +322,9 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 
     started = (runs.rounds_of(started) or [started])[-1]
   config = _load_config(args.config, rest, started)
-  _keep_compiled()
-  from nfnets import hosts, train
+  from nfnets import downloads, hosts, train
+
+  downloads.keep_compiled()
 
   if not args.pod:
     hosts.check_alone()
@@ -349,8 +352,9 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     args.workdir = runs.newest_round(args.workdir)
   config = _load_config(args.config, rest, args.workdir)
-  _keep_compiled()
-  from nfnets import evaluate, hosts, progress
+  from nfnets import downloads, evaluate, hosts, progress
+
+  downloads.keep_compiled()
 
   with hosts.pod() if args.pod else contextlib.nullcontext():
     results = evaluate.evaluate(
@@ -379,8 +383,8 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 def _predict(args: argparse.Namespace, rest: list[str]) -> int:
   del rest
   for name in ("top", "batch_size"):
-    if getattr(args, name) < 1:
-      raise UsageError(f"--{name}={getattr(args, name)}: must be at least 1")
+    if (value := getattr(args, name)) is not None and value < 1:
+      raise UsageError(f"--{name}={value}: must be at least 1")
   source = _source_of(args, "predict with")
   if args.grid:
     check_output(args.grid, _PICTURES)
@@ -391,7 +395,6 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
   if args.grid:
     check_keeps(args.grid, found)
   _check_workdir(args)
-  _keep_compiled()
   classifier = predict.Classifier(source, precision=args.precision)
   num_failures, shown = 0, []
   if args.csv:
@@ -416,12 +419,14 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> int:
         writer.writerow([result.path, rank, name, f"{value:.6f}"])
     else:
       print(result)
+    sys.stdout.flush()  # Who reads it need not wait for more.
   if shown:
     predict.save_grid(shown, args.grid)
     print(f"wrote {args.grid} with {len(shown)} images", file=sys.stderr)
   if num_failures and len(found) > 1:
     print(
-      f"nfnets predict: {num_failures} of {len(found)} files could not be read",
+      f"nfnets predict: {num_failures} of {len(found)} files could not be "
+      "classified",
       file=sys.stderr,
     )
   return 1 if num_failures else 0
@@ -460,17 +465,6 @@ def _check_workdir(args: argparse.Namespace) -> None:
     from nfnets import runs
 
     runs.read_config(runs.newest_round(args.workdir))
-
-
-def _keep_compiled() -> None:
-  """Keeps compiled programs for the next start, unless JAX is told where."""
-  import jax
-
-  from nfnets import downloads
-
-  if jax.config.jax_compilation_cache_dir is None:
-    folder = downloads.cache_folder() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _show_batch(args: argparse.Namespace, rest: list[str]) -> None:

@@ -30,7 +30,8 @@ def prepare(path):
 images = np.stack([prepare("photo.jpg")])  # uint8 [N, {size}, {size}, 3]; any N
 {call}
 with open({page}, encoding="utf-8") as file:
-  card = json.loads(file.read().split("```json")[-1].split("```")[0])
+  details = file.read().split("\\n```json\\n")[-1].split("\\n```\\n")[0]
+card = json.loads(details)
 for values in probabilities:  # float32 [N, {num_classes}]
   for i in np.argsort(-values)[:5]:
     print(f"{{values[i]:7.2%}}  {{card['class_names'][i]}}")
@@ -56,7 +57,7 @@ _CALLS = {
     """\
 with open({name}, "rb") as file:
   program = jax.export.deserialize(bytearray(file.read()))
-probabilities = np.asarray(program.call(images))""",
+probabilities = np.asarray(program.call(images))  # Compiles for each N.""",
   ),
   ".onnx": (
     "import onnxruntime",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nfnets import models, plots, pretrained, steps
+from nfnets import downloads, models, plots, pretrained, steps
 from nfnets.augment import Normalization
 from nfnets.data import encoded, images
 from nfnets.errors import InputError
@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
 
 
 class Failure(NamedTuple):
-  """An image that could not be read."""
+  """An image that could not be read, or whose probabilities are no numbers."""
 
   path: Path
   reason: str
@@ -42,6 +42,8 @@ class Failure(NamedTuple):
 
 class Classifier:
   """Weights with all that is needed to classify images.
+
+  What it compiles is kept for the next start (`downloads.keep_compiled`).
 
   Args:
     source: What `pretrained.load` takes: a published name, a file, a workdir.
@@ -59,6 +61,7 @@ class Classifier:
   """
 
   def __init__(self, source: str | Path, *, precision: str = "float32"):
+    downloads.keep_compiled()
     self._dtype = steps.compute_dtype(precision)
     params, self.card = pretrained.load_with_known_card(source)
     self.model, params = models.fold(self.card.make_model(), params)
@@ -95,14 +98,16 @@ class Classifier:
     paths: str | Path | Iterable[str | Path],
     *,
     top: int = 5,
-    batch_size: int = 32,
+    batch_size: int | None = None,
   ) -> Iterator[Prediction | Failure]:
     """Classifies image files; threads read ahead of the device.
 
     Args:
       paths: What `images.find` takes: files, folders, patterns; or one.
       top: How many classes of each image to give.
-      batch_size: Images computed at once; twice as many are in memory.
+      batch_size: Images computed at once; twice as many are in memory. None: 8
+        on a CPU, whose caches hold no more, else 32. Fewer files are computed
+        as the next power of two, so that few programs are compiled.
 
     Yields:
       In the order of the files, a prediction for each or why there is none.
@@ -110,6 +115,8 @@ class Classifier:
     Raises:
       InputError: for missing files, and a `top` or `batch_size` below 1.
     """
+    if batch_size is None:
+      batch_size = 8 if jax.default_backend() == "cpu" else 32
     if min(top, batch_size) < 1:
       raise InputError(
         f"top={top}, batch_size={batch_size}: both must be at least 1"
@@ -117,7 +124,7 @@ class Classifier:
     found = images.find([paths] if isinstance(paths, str | Path) else paths)
     if not found:
       return
-    batch_size = min(batch_size, len(found))
+    batch_size = min(batch_size, 1 << (len(found) - 1).bit_length())
     pending = None
     with encoded.make_pool() as pool:
       for start in range(0, len(found), batch_size):
@@ -160,6 +167,9 @@ class Classifier:
     for path, value in zip(paths, jax.device_get(values), strict=False):
       if path in failures:
         yield Failure(path, failures[path])
+      elif not np.isfinite(value).all():
+        reason = f"{path}: its probabilities are no numbers; are the weights?"
+        yield Failure(path, reason)
       else:
         best = np.argsort(-value, kind="stable")[:top]
         yield Prediction(path, tuple((names[i], float(value[i])) for i in best))

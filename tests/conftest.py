@@ -30,9 +30,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from nfnets import main  # noqa: E402
+from nfnets import downloads, main  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", "")  # Nothing is kept.
 
 # Commands inherit it: a shell's background jobs do not listen to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -215,7 +216,7 @@ def nfnets(environment):
 def nfnets_here(monkeypatch, capsys):
   """The same within this process: for what ends before much is compiled."""
   # These hold for all that comes after.
-  monkeypatch.setattr(main, "_keep_compiled", lambda: None)
+  monkeypatch.setattr(downloads, "keep_compiled", lambda: None)
   monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
   monkeypatch.setenv("NFNETS_RUNS", "runs")
 

@@ -240,6 +240,10 @@ def test_finding_images(tmp_path):
   assert images.find([tmp_path / "notes.txt"])
   with pytest.raises(InputError, match=r"nowhere does not exist"):
     images.find([tmp_path / "nowhere"])
+  (tmp_path / "pipes").mkdir()
+  os.mkfifo(tmp_path / "pipes" / "a.png")  # Nothing may ever come of it.
+  (tmp_path / "pipes" / "b.png").symlink_to("gone.png")
+  assert images.find(tmp_path / "pipes") == [tmp_path / "pipes" / "b.png"]
   (tmp_path / "empty").mkdir()
   with pytest.raises(InputError, match=r"empty holds no image files"):
     images.find([tmp_path / "empty"])

@@ -191,7 +191,8 @@ def test_f0_in_every_form(overrides, tmp_path):
 @pytest.mark.parametrize("crop", ["resize", "padded"])
 def test_the_script_on_the_model_card_classifies(suffix, crop, tmp_path):
   """A photo, as `nfnets predict` does it, but for how Pillow resizes."""
-  card = CARD._replace(crop=crop)
+  names = ("ant", "bee", "çat```json```")  # As the page marks its parts.
+  card = CARD._replace(crop=crop, class_names=names)
   weights = tmp_path / "w.safetensors"
   pretrained.save(weights, _drawn(card), card)
   export.export(weights, tmp_path / f"net{suffix}")
@@ -206,7 +207,7 @@ def test_the_script_on_the_model_card_classifies(suffix, crop, tmp_path):
     check=False,
   )
   assert result.returncode == 0, result.stderr
-  found = re.findall(r"([\d.]+)%  (\w+)", result.stdout)
+  found = re.findall(r"([\d.]+)%  (\S+)", result.stdout)
   (prediction,) = Classifier(weights).predict([tmp_path / "photo.jpg"])
   assert [name for _, name in found] == [name for name, _ in prediction.classes]
   for (percent, _), (_, value) in zip(found, prediction.classes, strict=True):
@@ -402,6 +403,32 @@ def test_a_prediction_prepares_images_as_its_card_says(tmp_path):
     np.testing.assert_allclose(
       Classifier(path).prepare(image), expected, atol=1e-3
     )
+
+
+def test_few_programs_are_compiled_for_any_number_of_files(tmp_path):
+  params = draw_params(param_shapes(CARD.make_model()))
+  pretrained.save(tmp_path / "w.npz", params, CARD)
+  classifier = Classifier(tmp_path / "w.npz")
+  paths = [tmp_path / f"{i}.png" for i in range(17)]
+  for i, image in enumerate(_images(CARD, 17)):
+    Image.fromarray(image).save(paths[i])
+  found = [list(classifier.predict(paths[:num])) for num in range(1, 18)]
+  assert classifier._probabilities._cache_size() == 4  # Of 1, 2, 4, 8 images.
+  assert [len(predictions) for predictions in found] == list(range(1, 18))
+  for predictions in found:
+    for one, expected in zip(predictions, found[-1], strict=False):
+      assert one.path == expected.path
+      values = [[value for _, value in p.classes] for p in (one, expected)]
+      np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+def test_weights_that_are_not_finite_classify_nothing(tmp_path):
+  params = draw_params(param_shapes(CARD.make_model()))
+  params["NFNet/~/linear"]["w"][0, 0] = np.nan
+  pretrained.save(tmp_path / "w.npz", params, CARD)
+  Image.new("RGB", (33, 33)).save(tmp_path / "x.png")
+  (failure,) = Classifier(tmp_path / "w.npz").predict(tmp_path / "x.png")
+  assert re.fullmatch(r".*x.png: its probabilities are no.*", failure.reason)
 
 
 def test_a_conversion_folds_epsilon_both_ways(tmp_path):

@@ -793,13 +793,35 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
     assert result.returncode == 1
     reason, number = result.stderr.splitlines()
     assert "0_bad.png is not an image in a known format" in reason
-    assert number == "nfnets predict: 1 of 4 files could not be read"
+    assert number == "nfnets predict: 1 of 4 files could not be classified"
     outputs.append(result.stdout)
   assert outputs == [outputs[0]] * 3
   lines = outputs[0].splitlines()
   assert [line[-5:] for line in lines[::3]] == ["3.png", "5.png", "7.png"]
   assert len(lines) == 9
   assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
+
+
+def test_results_are_seen_before_all_is_read(
+  finished, digit_files, environment, tmp_path
+):
+  """Through a pipe too, so that nothing is lost when one stops it."""
+  os.mkfifo(tmp_path / "last.png")
+  files = [digit_files / "3.png", digit_files / "5.png", tmp_path / "last.png"]
+  command = [sys.executable, "-m", "nfnets.main", "predict", *files]
+  variables = {k: v for k, v in environment.items() if k != "PYTHONUNBUFFERED"}
+  with subprocess.Popen(
+    [*command, f"--workdir={finished}", "--json", "--batch_size=1"],
+    env=variables,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    try:
+      first = json.loads(process.stdout.readline())
+      assert first["path"] == str(digit_files / "3.png")
+      assert process.poll() is None
+    finally:
+      process.kill()
 
 
 def test_paths_may_stand_on_both_sides_of_an_option(digit_files, nfnets_here):
@@ -893,7 +915,7 @@ def test_the_commands_of_the_readme_are_understood(command):
 
 def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path):
   code = (
-    "import jax; from nfnets import main; main._keep_compiled();"
+    "import jax; from nfnets import downloads; downloads.keep_compiled();"
     "jax.jit(lambda x: x + 1)(1.0)"
   )
   variables = {k: v for k, v in os.environ.items() if k[:4] != "JAX_"}

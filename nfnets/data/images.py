@@ -42,7 +42,12 @@ def find(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     given = local(os.fspath(given))
     path = Path(given)
     if path.is_dir():
-      inside = list(filter(is_image, inside_of(path)))
+      # A pipe would be waited for; a link that is broken is told so.
+      inside = [
+        file
+        for file in filter(is_image, inside_of(path))
+        if file.is_file() or not file.exists()
+      ]
     elif path.exists() or path.is_symlink():  # One that is broken is told so.
       inside = [path]
     elif glob.has_magic(given):
