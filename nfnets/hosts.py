@@ -77,50 +77,65 @@ def join_pod() -> None:
 
 @contextlib.contextmanager
 def pod() -> Iterator[None]:
-  """`join_pod`; in the context, a process that fails ends all of the job.
+  """`join_pod`; from the context on, a process that fails ends all of the job.
 
   Else the others would wait for it in a program of theirs, it for them at its
   end, and all would be aborted after minutes.
   """
   join_pod()
-  client, mine = distributed.global_state.client, jax.process_index()
-  # Process 0 goes last: it has the store, without which JAX aborts the others.
-  seconds = _SECONDS_TO_SAY_WHY * (2 if mine == 0 else 1)
-  is_over = threading.Event()
+  state = distributed.global_state
+  if state.num_processes == 1:
+    yield
+    return
+  client = state.client
+  # Who has the store goes last: without it JAX aborts the others.
+  seconds = _SECONDS_TO_SAY_WHY * (1 if state.service is None else 2)
+  fails_itself = threading.Event()
 
   def end_with_others() -> None:
-    who = None
-    while who is None:
-      if is_over.wait(_LOOK_EVERY_SECONDS):
+    while (who := _who_failed(client)) is None:
+      if fails_itself.wait(_LOOK_EVERY_SECONDS):
         return
-      with contextlib.suppress(RuntimeError):  # It is not there.
-        who = client.key_value_try_get(_FAILED)
     time.sleep(seconds)
-    text = f"process {who} failed and says why: this one ends with it"
-    print(f"nfnets: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+      text = f"process {who} failed and says why: this one ends with it"
+      print(f"nfnets: {text}", file=sys.stderr)
     _leave(1)
 
-  threading.Thread(target=end_with_others, daemon=True).start()
+  # It looks to the end of the process: the others may be done before.
+  watch = threading.Thread(target=end_with_others, daemon=True)
+  watch.start()
   try:
     yield
-  except Exception as error:
-    # A stop is one of all processes, which wait for each other.
-    if not isinstance(error, StoppedError):
-      with contextlib.suppress(RuntimeError):  # Another failed before.
-        client.key_value_set(_FAILED, str(mine))
-      # Before JAX, which would wait for the others.
-      code = 2 if isinstance(error, UsageError) else 1
-      atexit.register(_leave, code, after=seconds if mine == 0 else 0.0)
+  except StoppedError:  # As on all others.
     raise
-  finally:
-    is_over.set()
+  except Exception as error:
+    is_known = isinstance(error, InputError | OSError)
+    if not is_known and _who_failed(client) is not None:
+      watch.join()  # What failed here is what the other should have sent.
+    fails_itself.set()
+    with contextlib.suppress(RuntimeError):  # Another failed before.
+      client.key_value_set(_FAILED, str(state.process_id))
+    # Before JAX, which would wait for the others.
+    code = 2 if isinstance(error, UsageError) else 1
+    is_last = state.service is not None
+    atexit.register(_leave, code, after=seconds if is_last else 0.0)
+    raise
+
+
+def _who_failed(client: Any) -> str | None:
+  """The number of a process that said so."""
+  with contextlib.suppress(RuntimeError):  # Nobody did.
+    return client.key_value_try_get(_FAILED)
+  return None
 
 
 def _leave(code: int, *, after: float = 0.0) -> None:
   """Ends this process at once, after so many seconds."""
   time.sleep(after)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError):  # Nobody reads it any more.
+      stream.flush()
   os._exit(code)
 
 

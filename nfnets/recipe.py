@@ -223,12 +223,15 @@ def check_apart(config: ConfigDict, workdir: Path) -> None:
 
   Or would take its workdir for a class of images.
   """
-  splits = config.data.train_split, config.data.test_split
-  is_twice = splits[0] == splits[1] or splits == ("train_and_valid", "valid")
-  if config.data.source == "tfds" and is_twice:
+  train, test = splits = config.data.train_split, config.data.test_split
+  shares = "train_and_valid" in splits and (
+    "train" in splits or "valid" in splits
+  )
+  if config.data.source == "tfds" and (train == test or shares):
     raise UsageError(
-      f"config.data.test_split={splits[1]} is a part of what config.data."
-      f"train_split={splits[0]} trains on: give --config.data.train_split=train"
+      f"config.data.train_split={train} and test_split={test} have images in "
+      "common: choose others, such as train and valid, or train_and_valid and "
+      "test"
     )
   if config.data.source != "folder" or not config.data.dir:
     return

@@ -94,3 +94,73 @@ def test_an_address_without_a_port_is_one_clear_line(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
   with pytest.raises(InputError, match=r"ADDRESS=host0 has no port: write"):
     hosts.join_pod()
+
+
+@pytest.mark.parametrize(
+  ("body", "codes", "last_words"),
+  [
+    # One waits for the other in a program.
+    (
+      """
+    if mine == 1:
+      time.sleep(1)
+      raise InputError("no images")
+    hosts.wait_for_hosts("what never comes")""",
+      [1, 1],
+      ["process 1 failed and says why: this one ends with it", "no images"],
+    ),
+    # One has left already, and waits for the other at its end.
+    (
+      """
+    if mine == 0:
+      time.sleep(4)
+      raise InputError("the disk is full")""",
+      [1, 1],
+      [
+        "the disk is full",
+        "process 0 failed and says why: this one ends with it",
+      ],
+    ),
+    ("if mine == 0: time.sleep(3)", [0, 0], ["done", "done"]),
+  ],
+)
+def test_a_job_ends_together(body, codes, last_words):
+  code = f"""
+import os, sys, time
+import jax
+from nfnets import hosts
+from nfnets.errors import InputError
+mine = int(os.environ["JAX_PROCESS_ID"])
+try:
+  with hosts.pod():
+    hosts.wait_for_hosts("start")
+    {body.strip()}
+  print("done", file=sys.stderr)
+except InputError as error:
+  print(error, file=sys.stderr)
+  sys.exit(1)"""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  variables = os.environ | {
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,
+    "JAX_NUM_PROCESSES": "2",
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code],
+      env=variables | {"JAX_PROCESS_ID": str(index)},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  try:
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == codes, errors
+  for text, expected in zip(errors, last_words, strict=True):
+    assert text.strip().endswith(expected), errors

@@ -227,7 +227,7 @@ def test_a_process_that_cannot_start_is_told_to_the_other(
 def test_a_process_that_fails_ends_the_other_too(
   environment, tmp_path, failing
 ):
-  """In the middle, where each waits for what the other computes."""
+  """One whose images cannot be read; the other waits for what it computes."""
   for name in "ab":
     for folder in "whole", "broken":
       (tmp_path / folder / name).mkdir(parents=True)

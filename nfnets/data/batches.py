@@ -124,8 +124,8 @@ def _without_bad(read: Examples) -> tuple[np.ndarray, np.ndarray]:
   good = np.flatnonzero(read.is_good)
   if len(good) == 0:
     raise InputError(
-      f"none of the {len(read.labels)} images of a batch could be read: mend "
-      "the data set"
+      f"none of the {len(read.labels)} images of a batch could be read, nor "
+      f"of the {_ATTEMPTS - 1} batches after it: mend the data set"
     )
   images, labels = read.images, read.labels
   bad = np.flatnonzero(~read.is_good)

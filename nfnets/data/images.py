@@ -46,7 +46,7 @@ def find(paths: str | Path | Iterable[str | Path]) -> list[Path]:
       inside = [
         file
         for file in filter(is_image, inside_of(path))
-        if file.is_file() or not file.exists()
+        if os.path.isfile(file) or not os.path.exists(file)
       ]
     elif path.exists() or path.is_symlink():  # One that is broken is told so.
       inside = [path]

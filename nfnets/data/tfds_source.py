@@ -75,10 +75,10 @@ def open_builder(root: Path, name: str) -> Any:
 
 def _hint(root: Path) -> str:
   """Which folder was meant, where one below it was given."""
-  for level, pattern in enumerate(("dataset_info.json", "*/dataset_info.json")):
-    if next(root.glob(pattern), None):
-      return f", here {root.resolve().parents[1 - level]}"
-  return ""
+  above = root.resolve().parent
+  if (root / "dataset_info.json").is_file():
+    return f", here {above.parent}"
+  return f", here {above}" if any(root.glob("*/dataset_info.json")) else ""
 
 
 def shards(builder: Any, split: str | None = None) -> list[tuple[Path, int]]:
@@ -104,21 +104,20 @@ def damaged_shards(builder: Any, split: str | None = None) -> list[Path]:
   """Those that have another number of examples than the set says, or none."""
   from array_record.python.array_record_module import ArrayRecordReader
 
-  def is_whole(path: Path, num_examples: int) -> bool:
+  def is_damaged(shard: tuple[Path, int]) -> bool:
+    path, num_examples = shard
     try:
       reader = ArrayRecordReader(str(path))
-      num = reader.num_records()
+      num_found = reader.num_records()
       reader.close()
     except RuntimeError:
-      return False
-    return num == num_examples
+      return True
+    return num_found != num_examples
 
-  paths, numbers = zip(*shards(builder, split), strict=True)
+  found = shards(builder, split)
   with ThreadPoolExecutor(16) as pool:  # A file may be far away.
-    whole = list(pool.map(is_whole, paths, numbers))
-  return [
-    path for path, is_good in zip(paths, whole, strict=True) if not is_good
-  ]
+    damaged = list(pool.map(is_damaged, found))
+  return [path for (path, _), bad in zip(found, damaged, strict=True) if bad]
 
 
 def _allow_open_files(builder: Any, split: str) -> None:
@@ -217,6 +216,8 @@ def open_split(
 
   _allow_open_files(builder, split)
   part = slice_of(builder, split)
+  if not builder.info.splits[part].num_examples:
+    raise InputError(f"{builder.info.name} has no examples in {part}")
   if damaged := damaged_shards(builder, part.partition("[")[0]):
     raise InputError(
       f"{builder.data_dir} has {len(damaged)} damaged files, as "
@@ -247,7 +248,9 @@ def open_split(
       )
       if not 0 <= label < num_classes:
         raise InputError(
-          f"{name} has label {label}, which is none of {num_classes} classes"
+          f"{name} has label {label}, which is none of {num_classes} classes "
+          "(-1 where a test split has no labels: give "
+          "--config.data.test_split=validation)"
         )
       return image, label, name
     except (IndexError, message.DecodeError) as error:
