@@ -223,6 +223,7 @@ def test_a_process_that_cannot_start_is_told_to_the_other(
   assert "no is no folder: give" in second[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_ends_the_other_too(
   environment, tmp_path, failing
