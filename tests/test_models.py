@@ -696,8 +696,9 @@ def test_what_is_hardly_ever_dropped_changes_nothing(kind):
   model = models.make("nfnet_tiny", 10, **SMALL, **rates)
   x = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
   params = draw_params(param_shapes(model))
+  apply = jax.jit(model.apply, static_argnames="is_training")
   trained, evaluated = (
-    model.apply(params, {}, jax.random.key(0), x, is_training=flag)[0]["logits"]
+    apply(params, {}, jax.random.key(0), x, is_training=flag)[0]["logits"]
     for flag in (True, False)
   )
   np.testing.assert_allclose(trained, evaluated, rtol=1e-4, atol=1e-5)
