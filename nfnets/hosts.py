@@ -89,7 +89,8 @@ def pod() -> Iterator[None]:
     return
   client = state.client
   # Who has the store goes last: without it JAX aborts the others.
-  seconds = _SECONDS_TO_SAY_WHY * (1 if state.service is None else 2)
+  is_last = state.service is not None
+  seconds = _SECONDS_TO_SAY_WHY * (2 if is_last else 1)
   fails_itself = threading.Event()
 
   def end_with_others() -> None:
@@ -118,7 +119,6 @@ def pod() -> Iterator[None]:
       client.key_value_set(_FAILED, str(state.process_id))
     # Before JAX, which would wait for the others.
     code = 2 if isinstance(error, UsageError) else 1
-    is_last = state.service is not None
     atexit.register(_leave, code, after=seconds if is_last else 0.0)
     raise
 

@@ -325,7 +325,6 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
   from nfnets import downloads, hosts, train
 
   downloads.keep_compiled()
-
   if not args.pod:
     hosts.check_alone()
   with hosts.pod() if args.pod else contextlib.nullcontext():
@@ -355,7 +354,6 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
   from nfnets import downloads, evaluate, hosts, progress
 
   downloads.keep_compiled()
-
   with hosts.pod() if args.pod else contextlib.nullcontext():
     results = evaluate.evaluate(
       config,

@@ -141,9 +141,18 @@ def kill_when(
 def run_pod(
   environment, *options, command="train", second=(), is_stop_due=None
 ):
-  """Runs a command in two processes; of each exit code, output and errors.
+  """Runs a command as a pod: see `run_processes`.
 
-  The second process has more options, and may be asked to stop at a moment.
+  The second process has more options.
+  """
+  command = [sys.executable, "-m", "nfnets.main", command, "--pod", *options]
+  return run_processes(environment, command, [*command, *second], is_stop_due)
+
+
+def run_processes(environment, first, second, is_stop_due=None):
+  """Runs two as a job of JAX's; of each exit code, output and errors.
+
+  The second one may be asked to stop at a moment.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -153,16 +162,15 @@ def run_pod(
     "JAX_COORDINATOR_BIND_ADDRESS": address,
     "JAX_NUM_PROCESSES": "2",
   }
-  command = [sys.executable, "-m", "nfnets.main", command, "--pod"]
   hosts = [
     subprocess.Popen(
-      [*command, *options, *second[: index * len(second)]],
+      command,
       env=variables | {"JAX_PROCESS_ID": str(index)},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for index in range(2)
+    for index, command in enumerate((first, second))
   ]
   try:
     while is_stop_due and hosts[1].poll() is None:

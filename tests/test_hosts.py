@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from conftest import run_processes
 
 from nfnets import hosts
 from nfnets.errors import InputError
@@ -139,28 +140,8 @@ try:
 except InputError as error:
   print(error, file=sys.stderr)
   sys.exit(1)"""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  variables = os.environ | {
-    "JAX_COORDINATOR_ADDRESS": address,
-    "JAX_COORDINATOR_BIND_ADDRESS": address,
-    "JAX_NUM_PROCESSES": "2",
-  }
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", code],
-      env=variables | {"JAX_PROCESS_ID": str(index)},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  assert [process.returncode for process in processes] == codes, errors
-  for text, expected in zip(errors, last_words, strict=True):
-    assert text.strip().endswith(expected), errors
+  command = [sys.executable, "-c", code]
+  results = run_processes(os.environ, command, command)
+  assert [code for code, *_ in results] == codes, results
+  for (*_, errors), expected in zip(results, last_words, strict=True):
+    assert errors.strip().endswith(expected), results

@@ -121,7 +121,7 @@ def damaged_shards(builder: Any, split: str | None = None) -> list[Path]:
 
 
 def _allow_open_files(builder: Any, split: str) -> None:
-  """Lets this process have all shards of a split open, as array_record does.
+  """Lets a process have all shards of TFDS's split open, as array_record does.
 
   Raises:
     InputError: when the system allows too few.
@@ -131,11 +131,10 @@ def _allow_open_files(builder: Any, split: str) -> None:
   most = _MANY_FILES if hard == unlimited else hard
   if soft != unlimited and soft < most:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-  name = slice_of(builder, split).partition("[")[0]
-  num_shards = builder.info.splits[name].num_shards
+  num_shards = builder.info.splits[split].num_shards
   if hard != unlimited and hard < num_shards:
     raise InputError(
-      f"{builder.data_dir} has {num_shards:,} files of {name}, which stay "
+      f"{builder.data_dir} has {num_shards:,} files of {split}, which stay "
       f"open, and this process may open {hard:,} (`ulimit -Hn`): raise that "
       "limit, which the system's administrator can"
     )
@@ -214,11 +213,12 @@ def open_split(
   from google.protobuf import message
   from tensorflow_datasets.proto import tf_example_pb2
 
-  _allow_open_files(builder, split)
   part = slice_of(builder, split)
+  whole = part.partition("[")[0]
+  _allow_open_files(builder, whole)
   if not builder.info.splits[part].num_examples:
     raise InputError(f"{builder.info.name} has no examples in {part}")
-  if damaged := damaged_shards(builder, part.partition("[")[0]):
+  if damaged := damaged_shards(builder, whole):
     raise InputError(
       f"{builder.data_dir} has {len(damaged)} damaged files, as "
       f"{damaged[0].name}, whose examples are not those that the set should "
