@@ -91,7 +91,9 @@ def get_config() -> ConfigDict:
   config.train.steps = placeholder(int)  # How long, instead of epochs.
   config.train.batch_size = 4096  # Images per step over all devices.
   # Micro-batches per step, to fit memory; gradients are averaged over them.
-  config.train.accumulate = 1
+  # None: one, but on a CPU as many as are fast (devices.micro_batches; with
+  # sam_rho one there too).
+  config.train.accumulate = placeholder(int)
   config.train.precision = "bfloat16"  # Of activations; or float32.
   # What is computed again for the gradient, to fit memory: none of the network,
   # or all but the inputs of "blocks" or "stages".
@@ -131,7 +133,8 @@ def get_config() -> ConfigDict:
   config.optim.frozen = ""
 
   config.eval = ConfigDict()
-  config.eval.batch_size = 1024  # Images per step over all devices.
+  # Images at once over all devices, at most: on a CPU those that are fast.
+  config.eval.batch_size = 1024
   config.eval.every_epochs = 5.0  # And once at the end.
 
   config.log_every_steps = 100  # Rows of metrics.jsonl and TensorBoard.

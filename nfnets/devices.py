@@ -65,6 +65,31 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     )
 
 
+# Of the images that a program computes on a CPU at once. More are slower, as
+# the system clears more memory at each call (experiments/beside_timm.md).
+_CPU_PIXELS = 550_000
+
+
+def images_at_once(size: int) -> int | None:
+  """How many images of size x size pixels a device computes best at once.
+
+  On a CPU 8 of 256 px, 14 of 192, 537 of 32; None elsewhere: as many as fit.
+  """
+  if jax.default_backend() != "cpu":
+    return None
+  return max(1, _CPU_PIXELS // size**2)
+
+
+def micro_batches(num: int, size: int) -> int:
+  """Into how many equal parts a device had better divide `num` images.
+
+  As many as leave `images_at_once` in each; 1 where there is no such number.
+  """
+  best = images_at_once(size)
+  most = 1 if best is None else num // best
+  return max((n for n in range(2, most + 1) if num % n == 0), default=1)
+
+
 def data_parallel(
   function: Callable[..., Any],
   mesh: Mesh,

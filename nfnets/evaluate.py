@@ -51,6 +51,7 @@ def over_split(
   split: Split,
   *,
   batch_size: int,
+  image_size: int,
   mesh: Mesh,
   tell: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Result]:
@@ -61,7 +62,8 @@ def over_split(
     weights: By kind, the network's parameters and state.
     split: What to evaluate on.
     batch_size: Over all devices, at most; rounded up to a multiple of their
-      number.
+      number. On a CPU `devices.images_at_once` are, if they are fewer.
+    image_size: Pixels, side of an image.
     mesh: The devices.
     tell: Is given after each batch how many examples are done, and how many
       there are.
@@ -72,6 +74,9 @@ def over_split(
   Raises:
     InputError: when no image could be read.
   """
+  most = devices.images_at_once(image_size)
+  if most is not None:
+    batch_size = min(batch_size, most * mesh.size)
   batch_size = min(batch_size, split.num_examples)
   batch_size = -(-batch_size // mesh.size) * mesh.size
   totals: dict[str, dict[str, Any]] = {kind: {} for kind in weights}
@@ -205,6 +210,7 @@ def evaluate(
     by_kind,
     r.source.test,
     batch_size=config.eval.batch_size,
+    image_size=r.card.image_size,
     mesh=mesh,
     tell=tell if is_first_host else lambda *_: None,
   )

@@ -223,7 +223,8 @@ def _make_parser() -> argparse.ArgumentParser:
   command.add_argument(
     "--batch_size",
     type=int,
-    help="images at a time (default: 8 on a CPU, else 32)",
+    help="images at a time (default: 32; on a CPU fewer if they are large, 8 "
+    "of 256 px)",
   )
   command.add_argument(
     "--precision",

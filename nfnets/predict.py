@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nfnets import downloads, models, plots, pretrained, steps
+from nfnets import devices, downloads, models, plots, pretrained, steps
 from nfnets.augment import Normalization
 from nfnets.data import encoded, images
 from nfnets.errors import InputError
@@ -105,9 +105,10 @@ class Classifier:
     Args:
       paths: What `images.find` takes: files, folders, patterns; or one.
       top: How many classes of each image to give.
-      batch_size: Images computed at once; twice as many are in memory. None: 8
-        on a CPU, whose caches hold no more, else 32. Fewer files are computed
-        as the next power of two, so that few programs are compiled.
+      batch_size: Images computed at once; twice as many are in memory. None:
+        32, on a CPU fewer if they are large (8 of 256 px, see
+        `devices.images_at_once`). Fewer files are computed as the next power of
+        two, so that few programs are compiled.
 
     Yields:
       In the order of the files, a prediction for each or why there is none.
@@ -116,7 +117,8 @@ class Classifier:
       InputError: for missing files, and a `top` or `batch_size` below 1.
     """
     if batch_size is None:
-      batch_size = 8 if jax.default_backend() == "cpu" else 32
+      most = devices.images_at_once(self.card.image_size) or 32
+      batch_size = min(32, 1 << (most.bit_length() - 1))
     if min(top, batch_size) < 1:
       raise InputError(
         f"top={top}, batch_size={batch_size}: both must be at least 1"

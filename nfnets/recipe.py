@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from nfnets import card as cards
-from nfnets import models, optim, pretrained, runs, steps
+from nfnets import devices, models, optim, pretrained, runs, steps
 from nfnets.augment import Augment, Normalization, make_augment
 from nfnets.data import folder, images, sources
 from nfnets.data.source import Sizes, Source
@@ -68,6 +68,16 @@ class Recipe(NamedTuple):
     a = self.config.augment
     is_mixed = bool(a.mixup_alpha) or a.cutmix
     return is_mixed and a.partners == "fresh"
+
+  def micro_batches(self, num_devices: int) -> int:
+    """Into how many parts a step divides the images of a device."""
+    c = self.config
+    if c.train.accumulate is not None:
+      return c.train.accumulate
+    if c.optim.sam_rho:  # Each part would climb by itself.
+      return 1
+    num = c.train.batch_size // num_devices
+    return devices.micro_batches(num, self.train_size)
 
   def identity(self) -> dict[str, Any]:
     """What all hosts of a run must have in common, by name."""

@@ -163,6 +163,7 @@ def report(r: recipe.Recipe, folder: Path) -> None:
     },
     r.source.test,
     batch_size=r.config.eval.batch_size,
+    image_size=r.card.image_size,
     mesh=mesh,
   )
   tables = {when: result.confusion for when, result in results.items()}

@@ -90,7 +90,7 @@ def _train(
   config = r.config
   mesh = devices.make_mesh(config.train.num_devices)
   batch_size = config.train.batch_size
-  devices.check_batch_size(batch_size, mesh, config.train.accumulate)
+  devices.check_batch_size(batch_size, mesh, config.train.accumulate or 1)
   hosts.check_agreement(r.identity() | {"--workdir": workdir.name})
   programs = _make_programs(r, mesh)
 
@@ -154,7 +154,7 @@ def _train(
     )
     bar.say(_headline(r, mesh, workdir, start, is_over=is_over))
     if config.optim.sam_rho:
-      num = batch_size // mesh.size // config.train.accumulate
+      num = batch_size // mesh.size // r.micro_batches(mesh.size)
       part = sam.size_of_part(num, config.optim.sam_share)
       bar.say(
         f"SAM: each device climbs by {part} of its {num} images at a time, in "
@@ -278,7 +278,7 @@ def _make_programs(r: recipe.Recipe, mesh: Mesh) -> _Programs:
     seed=config.seed,
     augment=r.make_augment(),
     precision=config.train.precision,
-    accumulate=config.train.accumulate,
+    accumulate=r.micro_batches(mesh.size),
     sam_rho=config.optim.sam_rho,
     sam_share=config.optim.sam_share,
     is_frozen=r.is_frozen if config.optim.frozen else None,
@@ -456,6 +456,7 @@ def _evaluate(
       weights,
       r.source.test,
       batch_size=r.config.eval.batch_size,
+      image_size=r.card.image_size,
       mesh=mesh,
       tell=bar.evaluating,
     )
@@ -499,11 +500,13 @@ def _headline(
   what = f"from step {start}" if start else f"from {c.init_from or 'scratch'}"
   if is_over:
     what = "is complete"
+  parts = r.micro_batches(mesh.size)
+  in_parts = f" in {parts} parts" if parts > 1 else ""
   return (
     f"{r.model.name} ({r.model.count_params() / 1e6:.2f}M parameters) on "
     f"{c.data.source}: {r.source.train.num_examples:,} images of "
-    f"{r.train_size} px, {r.total_steps:,} steps of {c.train.batch_size} on "
-    f"{mesh.size} x {device}; {workdir} {what}"
+    f"{r.train_size} px, {r.total_steps:,} steps of {c.train.batch_size}"
+    f"{in_parts} on {mesh.size} x {device}; {workdir} {what}"
   )
 
 

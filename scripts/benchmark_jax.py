@@ -105,7 +105,12 @@ def _step(job: Job) -> Prepared:
   """The train step as `nfnets train` runs it, without augmentation."""
   model = _make_model(job)
   mesh = devices.make_mesh(1)
-  optimizer, train_step = make_train_step(model, mesh, job.precision)
+  optimizer, train_step = make_train_step(
+    model,
+    mesh,
+    job.precision,
+    accumulate=devices.micro_batches(job.batch, job.size),
+  )
 
   def init():
     state = steps.init_state(model, optimizer, image_size=job.size, seed=0)
@@ -188,7 +193,7 @@ def _make_model(job: Job) -> models.Model:
 
 
 def make_train_step(
-  model: models.Model, mesh: Mesh, precision: str
+  model: models.Model, mesh: Mesh, precision: str, *, accumulate: int
 ) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
   """The step, without augmentation, and its optimiser."""
   optimizer = _make_optimizer(model)
@@ -201,6 +206,7 @@ def make_train_step(
     ema_decay=0.99999,
     seed=0,
     precision=precision,
+    accumulate=accumulate,
   )
   return optimizer, step
 

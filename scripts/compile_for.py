@@ -116,7 +116,7 @@ def _train_step(
   )
   size = options.size or model.variant.train_size
   optimizer, train_step = benchmark_jax.make_train_step(
-    model, mesh, options.precision
+    model, mesh, options.precision, accumulate=options.accumulate
   )
   state = jax.eval_shape(
     lambda: steps.init_state(model, optimizer, image_size=size, seed=0)
@@ -296,6 +296,7 @@ def _parse() -> argparse.Namespace:
   parser.add_argument("--batch", default=32, help="on each device", **number)
   parser.add_argument("--size", help="pixels; default: the model's", **number)
   parser.add_argument("--num_devices", default=1, help="TPUs: to 4", **number)
+  parser.add_argument("--accumulate", default=1, help="parts of it", **number)
   parser.add_argument("--precision", default="bfloat16")
   parser.add_argument("--remat", default="none", help="none, blocks, stages")
   parser.add_argument(
@@ -314,6 +315,11 @@ def _parse() -> argparse.Namespace:
   options = parser.parse_args()
   if options.scan and options.packed:
     parser.error("--packed: with --scan equal blocks' parameters are stacked")
+  if options.batch % options.accumulate:
+    parser.error(
+      f"--accumulate: {options.batch} images do not divide into "
+      f"{options.accumulate} equal parts"
+    )
   if unknown := set(options.device) - {*GPUS, *TPUS}:
     parser.error(
       f"--device: {', '.join(sorted(unknown))} is none of "

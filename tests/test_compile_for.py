@@ -49,6 +49,7 @@ def test_cycles_of_a_loop_are_not_given():
   ("options", "text"),
   [
     (["--batch=0"], "argument --batch: invalid positive value: '0'"),
+    (["--batch=8", "--accumulate=3"], "--accumulate: 8 images do not divide"),
     (["--scan", "--packed"], "--packed: with --scan equal blocks'"),
   ],
 )

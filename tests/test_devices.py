@@ -25,6 +25,21 @@ def test_batch_that_does_not_divide(
   devices.check_batch_size(16, mesh, accumulate)
 
 
+@pytest.mark.parametrize(
+  ("num", "size", "parts"),
+  [
+    *((1, 192, 1), (14, 192, 1), (27, 192, 1), (32, 192, 2), (128, 192, 8)),
+    *((8, 256, 1), (32, 256, 4), (37, 256, 1), (34, 256, 2), (4, 576, 4)),
+    *((1024, 32, 1), (2048, 32, 2)),
+  ],
+)
+def test_large_batches_are_divided_on_a_cpu(monkeypatch, num, size, parts):
+  assert devices.micro_batches(num, size) == parts
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert devices.micro_batches(num, size) == 1
+  assert devices.images_at_once(size) is None
+
+
 def test_more_devices_than_there_are():
   with pytest.raises(InputError, match=r"9 devices .* there are 8 \(cpu\)"):
     devices.make_mesh(9)

@@ -15,7 +15,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from nfnets import card as cards
-from nfnets import export, layers, models, onnx_graph, pretrained, timm
+from nfnets import (
+  devices,
+  export,
+  layers,
+  models,
+  onnx_graph,
+  pretrained,
+  timm,
+)
 from nfnets.augment import Normalization
 from nfnets.data import images
 from nfnets.errors import InputError
@@ -405,7 +413,11 @@ def test_a_prediction_prepares_images_as_its_card_says(tmp_path):
     )
 
 
-def test_few_programs_are_compiled_for_any_number_of_files(tmp_path):
+def test_few_programs_are_compiled_for_any_number_of_files(
+  monkeypatch, tmp_path
+):
+  # As of 256 px, on a CPU.
+  monkeypatch.setattr(devices, "_CPU_PIXELS", 9 * CARD.image_size**2)
   params = draw_params(param_shapes(CARD.make_model()))
   pretrained.save(tmp_path / "w.npz", params, CARD)
   classifier = Classifier(tmp_path / "w.npz")
@@ -415,6 +427,9 @@ def test_few_programs_are_compiled_for_any_number_of_files(tmp_path):
   found = [list(classifier.predict(paths[:num])) for num in range(1, 18)]
   assert classifier._probabilities._cache_size() == 4  # Of 1, 2, 4, 8 images.
   assert [len(predictions) for predictions in found] == list(range(1, 18))
+  monkeypatch.undo()  # More where they are small.
+  assert len(list(classifier.predict(paths))) == 17
+  assert classifier._probabilities._cache_size() == 5
   for predictions in found:
     for one, expected in zip(predictions, found[-1], strict=False):
       assert one.path == expected.path

@@ -6,6 +6,7 @@ When a number moves on purpose, write the files anew and read the difference:
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 from conftest import REFERENCE
@@ -171,6 +172,42 @@ def test_every_setting_reaches_what_computes(monkeypatch):
   train._make_programs(recipe.resolve(config), devices.make_mesh(1))
   found = {key: given[name] for key, (name, _) in expected.items()}
   assert found == {key: value for key, (_, value) in expected.items()}
+
+
+@pytest.mark.parametrize(
+  ("options", "parts"),
+  [
+    ({}, 2),
+    ({"train.batch_size": 16}, 1),
+    ({"data.train_size": 64}, 1),
+    ({"train.accumulate": 1}, 1),
+    ({"train.accumulate": 4}, 4),
+    ({"optim.sam_rho": 0.05}, 1),  # Each part would climb by itself.
+  ],
+)
+def test_steps_are_divided_where_that_is_faster(monkeypatch, options, parts):
+  given = {}
+  make_train_step = steps.make_train_step
+
+  def watch(*arguments, **others):
+    given.update(others)
+    return make_train_step(*arguments, **others)
+
+  monkeypatch.setattr(steps, "make_train_step", watch)
+  config = digits.get_config()
+  config.update_from_flattened_dict(
+    {
+      "data.source": "synthetic",
+      "data.train_size": 192,
+      "train.batch_size": 64,
+    }
+    | options
+  )
+  r, mesh = recipe.resolve(config), devices.make_mesh(2)
+  train._make_programs(r, mesh)
+  assert given["accumulate"] == parts
+  headline = train._headline(r, mesh, Path("w"), 0, is_over=False)
+  assert (f" in {parts} parts on 2 x cpu" in headline) == (parts > 1)
 
 
 def test_without_averages_weights_are_evaluated_once(monkeypatch):

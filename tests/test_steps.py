@@ -376,7 +376,7 @@ def test_every_example_counts_once_on_any_number_of_devices():
   drawn = draw_params(param_shapes(ONE_BLOCK))
   weights = {"a": drawn, "b": jax.tree.map(lambda x: 0.5 * x, drawn)}
 
-  def evaluate_on(num_devices, *kinds):
+  def evaluate_on(num_devices, *kinds, image_size=33):
     mesh = devices.make_mesh(num_devices)
     told = []
     starts.clear()
@@ -387,6 +387,7 @@ def test_every_example_counts_once_on_any_number_of_devices():
       {kind: (devices.replicate(weights[kind], mesh), {}) for kind in kinds},
       Split(13, read),
       batch_size=5,
+      image_size=image_size,
       mesh=mesh,
       tell=lambda *numbers: told.append(numbers),
     )
@@ -406,6 +407,11 @@ def test_every_example_counts_once_on_any_number_of_devices():
     == np.bincount(batch.labels, minlength=10).tolist()
   )
   np.testing.assert_allclose(one[:3], eight[:3], rtol=1e-5)
+
+  # A CPU takes no more at once than it is fast with: 3 of 400 px.
+  few, told = evaluate_on(1, "a", image_size=400)
+  assert starts == [0, 3, 6, 9, 12]
+  np.testing.assert_allclose(few["a"][:3], one[:3], rtol=1e-5)
 
   # Of several weights each has the numbers that it has alone.
   both, _ = evaluate_on(1, "a", "b")
