@@ -66,7 +66,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 # Of the images that a program computes on a CPU at once. More are slower, as
-# the system clears more memory at each call (experiments/beside_timm.md).
+# the system clears more memory at each call (experiments/speed.md).
 _CPU_PIXELS = 550_000
 
 

@@ -672,7 +672,7 @@ def test_gradients_within_a_shard_map_are_summed(execution):
   )
   found, expected = (
     jax.jit(mapped)(params, images),
-    jax.grad(loss)(params, images),
+    jax.jit(jax.grad(loss))(params, images),
   )
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
