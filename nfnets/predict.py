@@ -7,6 +7,7 @@ In a notebook:
       print(prediction)
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,8 +91,16 @@ class Classifier:
     return crop(image, self.card.image_size, self.card.margin)
 
   def probabilities(self, batch: np.ndarray) -> np.ndarray:
-    """Of all classes [N, K], for prepared images [N, size, size, 3]."""
-    return jax.device_get(self._probabilities(self.params, batch))
+    """Of all classes [N, K], for prepared images [N, size, size, 3].
+
+    On a CPU in equal parts, see `devices.images_at_once`.
+    """
+    most = devices.images_at_once(self.card.image_size)
+    num_parts = 1 if most is None else math.ceil(len(batch) / most)
+    parts = np.array_split(batch, max(1, num_parts))
+    return np.concatenate(
+      [jax.device_get(self._probabilities(self.params, x)) for x in parts]
+    )
 
   def predict(
     self,

@@ -437,6 +437,27 @@ def test_few_programs_are_compiled_for_any_number_of_files(
       np.testing.assert_allclose(*values, rtol=1e-5)
 
 
+def test_arrays_are_classified_in_parts_on_a_cpu(monkeypatch, tmp_path):
+  pretrained.save(
+    tmp_path / "w.npz", draw_params(param_shapes(CARD.make_model())), CARD
+  )
+  classifier = Classifier(tmp_path / "w.npz")
+  batch = np.stack([classifier.prepare(x) for x in _images(CARD, 7)])
+  at_once = classifier.probabilities(batch)
+  assert at_once.shape == (7, len(CARD.class_names))
+  monkeypatch.setattr(devices, "_CPU_PIXELS", 3 * CARD.image_size**2)
+  sizes, compute = [], classifier._probabilities
+
+  def watch(params, part):
+    sizes.append(len(part))
+    return compute(params, part)
+
+  monkeypatch.setattr(classifier, "_probabilities", watch)
+  found = classifier.probabilities(batch)
+  np.testing.assert_allclose(found, at_once, rtol=1e-5)
+  assert sizes == [3, 2, 2]
+
+
 def test_weights_that_are_not_finite_classify_nothing(tmp_path):
   params = draw_params(param_shapes(CARD.make_model()))
   params["NFNet/~/linear"]["w"][0, 0] = np.nan
