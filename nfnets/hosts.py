@@ -6,11 +6,16 @@ part of the host's devices.)
 
 import atexit
 import contextlib
+import fcntl
 import os
 import secrets
+import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +23,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # Its client has no public name.
+from jax._src import clusters, distributed  # Neither has a public name.
 from jax.experimental import multihost_utils
 
-from nfnets.errors import InputError, StoppedError, UsageError
+from nfnets.errors import (
+  InputError,
+  StoppedError,
+  UsageError,
+  is_out_of_memory,
+)
 
 # How long a new file may take to be seen on another host, over a network.
 _SEEN_IN_SECONDS = 60
@@ -31,6 +41,12 @@ _SEEN_IN_SECONDS = 60
 _FAILED = "nfnets/failed"
 _LOOK_EVERY_SECONDS = 1.0
 _SECONDS_TO_SAY_WHY = 3.0
+
+# How a shell tells of a process that was aborted, as JAX aborts those whose job
+# has lost another: such a job may go on where it was.
+_ABORTED = 128 + signal.SIGABRT
+
+_SECONDS_TO_JOIN = 300  # JAX's own.
 
 # In which launchers say how many processes they started. (Slurm's SLURM_NTASKS
 # is also there in a job's shell, which is one process.)
@@ -51,7 +67,8 @@ def join_pod() -> None:
   number, or those in JAX_LOCAL_DEVICE_IDS.
 
   Raises:
-    InputError: when the job cannot be joined.
+    InputError: when the job cannot be joined, or is joined already by another
+      process with this one's number, for which JAX would end all of the job.
   """
   address = os.environ.get("JAX_COORDINATOR_ADDRESS")
   if address is not None and not address.rpartition(":")[2].isdecimal():
@@ -59,20 +76,89 @@ def join_pod() -> None:
       f"JAX_COORDINATOR_ADDRESS={address} has no port: write host:port, with a "
       "port that is free on the host of process 0"
     )
+  _choose_port_in_slurm()
   try:
     numbers = [
       int(os.environ[name]) if name in os.environ else None
       for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     ]
     # None: as JAX chooses, which is one for each process; an empty list: all.
-    is_open = "JAX_LOCAL_DEVICE_IDS" not in os.environ and _is_alone_on_host()
-    jax.distributed.initialize(None, *numbers, [] if is_open else None)
+    is_open = "JAX_LOCAL_DEVICE_IDS" not in os.environ and _has_own_gpus()
+    gpus = [] if is_open else None
+    address, num, index, _ = (
+      clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        address, *numbers, gpus, None, _SECONDS_TO_JOIN
+      )
+    )
+    if None not in (address, num, index):
+      _be_the_only_one(address, index)
+      if index == 0 and num > 1:
+        _check_port(address)
+        text = f"waiting for the {num} processes of this job at {address}"
+        print(f"nfnets: {text}", file=sys.stderr, flush=True)
+    jax.distributed.initialize(
+      address, num, index, gpus, initialization_timeout=_SECONDS_TO_JOIN
+    )
   except (ValueError, RuntimeError) as error:
     raise InputError(
       f"cannot join a multi-host job ({str(error).splitlines()[0]}): start one "
       "process per host under the cluster's launcher, or set "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     ) from None
+
+
+def _choose_port_in_slurm() -> None:
+  """Another for each step of a job: JAX has one for all, which would meet."""
+  job, step = (os.environ.get(f"SLURM_{x}_ID", "") for x in ("JOB", "STEP"))
+  if job.isdecimal() and step.isdecimal():
+    port = 2**16 - 2**12 + (int(job) + 97 * int(step)) % 2**12
+    os.environ.setdefault("JAX_COORDINATOR_PORT", str(port))
+
+
+def _be_the_only_one(address: str, index: int) -> None:
+  """Raises `InputError` where this number of a job runs on this machine.
+
+  What tells is a lock, which the system frees at the end of a process.
+  """
+  name = f"nfnets-{os.getuid()}-{zlib.crc32(address.encode()):08x}-{index}.lock"
+  lock = os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR)
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(lock)
+    raise InputError(
+      f"process {index} of a job at {address} runs on this machine already: "
+      "wait for its end, or give this job a port of its own "
+      "(JAX_COORDINATOR_ADDRESS, or under a launcher JAX_COORDINATOR_PORT)"
+    ) from None
+  except OSError:  # No locks there: as without one.
+    os.close(lock)
+
+
+def _check_port(address: str) -> None:
+  """Raises `InputError` for a port in use, of which gRPC would die."""
+  bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+  port = int(bind.rpartition(":")[2])
+  is_dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if is_dual else socket.AF_INET
+  try:
+    socket.create_server(
+      ("", port), family=family, dualstack_ipv6=is_dual
+    ).close()
+  except OSError as error:
+    raise InputError(
+      f"port {port} cannot be had on this machine ({error.strerror}): choose "
+      "one that is free (JAX_COORDINATOR_ADDRESS, or under a launcher "
+      "JAX_COORDINATOR_PORT)"
+    ) from None
+
+
+def job(*, is_pod: bool) -> contextlib.AbstractContextManager[None]:
+  """`pod` for one of several processes, `check_alone` for one alone."""
+  if is_pod:
+    return pod()
+  check_alone()
+  return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -114,12 +200,24 @@ def pod() -> Iterator[None]:
     is_known = isinstance(error, InputError | OSError)
     if not is_known and _who_failed(client) is not None:
       watch.join()  # What failed here is what the other should have sent.
+    is_broken = isinstance(
+      error, jax.errors.JaxRuntimeError
+    ) and not is_out_of_memory(error)
     fails_itself.set()
     with contextlib.suppress(RuntimeError):  # Another failed before.
       client.key_value_set(_FAILED, str(state.process_id))
     # Before JAX, which would wait for the others.
     code = 2 if isinstance(error, UsageError) else 1
+    if is_broken:
+      code = _ABORTED
     atexit.register(_leave, code, after=seconds if is_last else 0.0)
+    if is_broken:
+      traceback.print_exc()
+      raise InputError(
+        "what the processes of this job compute together broke off "
+        f"({str(error).splitlines()[0]}): another may have died, or the "
+        "network; the same command goes on from the newest checkpoint"
+      ) from error
     raise
 
 
@@ -142,7 +240,8 @@ def _leave(code: int, *, after: float = 0.0) -> None:
 def check_alone() -> None:
   """Raises `UsageError` where a launcher says that it started several.
 
-  Without `join_pod` each of them would be a run of its own.
+  Without `join_pod` each of them would work by itself, and those of a TPU pod
+  wait for each other.
   """
   found = {name: os.environ.get(name, "") for name in _COUNTS}
   numbers = {k: int(v) for k, v in found.items() if v.isdecimal()}
@@ -151,15 +250,26 @@ def check_alone() -> None:
   for name, number in numbers.items():
     if number > 1:
       raise UsageError(
-        f"{name} tells of {number} processes, and each would train a run of "
-        "its own: add --pod to train one together, or, if several are wanted, "
-        f"start each by `env -u {name}` with another --workdir"
+        f"{name} tells of {number} processes, and each would do all by itself: "
+        "add --pod to work together, or, if several runs are wanted, start "
+        f"each by `env -u {name}` with another --workdir"
       )
+  if (number := jax.process_count()) > 1:
+    raise UsageError(
+      f"this is one of {number} processes of a pod: add --pod, and start the "
+      "same command on each"
+    )
 
 
-def _is_alone_on_host() -> bool:
-  """Whether the launcher, if it is one, started one process on each host."""
+def _has_own_gpus() -> bool:
+  """Whether a process takes all the GPUs that it sees.
+
+  It does where the launcher, if it is one, started one process on each host,
+  and where it has shown it one alone (Slurm's `--gpus-per-task=1`).
+  """
   variables = os.environ
+  if "," not in (variables.get("CUDA_VISIBLE_DEVICES") or ","):
+    return True
   if "OMPI_COMM_WORLD_LOCAL_SIZE" in variables:
     return variables["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
   if "SLURM_STEP_NUM_NODES" in variables:

@@ -7,7 +7,6 @@ Anything heavy is imported by the command that needs it.
 
 import argparse
 import ast
-import contextlib
 import csv
 import difflib
 import importlib.util
@@ -326,9 +325,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
   from nfnets import downloads, hosts, train
 
   downloads.keep_compiled()
-  if not args.pod:
-    hosts.check_alone()
-  with hosts.pod() if args.pod else contextlib.nullcontext():
+  with hosts.job(is_pod=args.pod):
     result = train.train(config, workdir)
   if hosts.is_first_host():
     from nfnets import runs
@@ -355,7 +352,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
   from nfnets import downloads, evaluate, hosts, progress
 
   downloads.keep_compiled()
-  with hosts.pod() if args.pod else contextlib.nullcontext():
+  with hosts.job(is_pod=args.pod):
     results = evaluate.evaluate(
       config,
       workdir=args.workdir,

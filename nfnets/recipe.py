@@ -526,13 +526,19 @@ def changes_since(
   return list(changed.values())
 
 
-def save(recipe: Recipe, workdir: Path) -> None:
-  """Writes the resolved config, what follows from it, and the card."""
+def save(
+  recipe: Recipe, workdir: Path, *, num_devices: int | None = None
+) -> None:
+  """Writes the resolved config, what follows from it, and the card.
+
+  And on how many devices the run is; None: it is on none yet.
+  """
   derived = recipe._asdict()
   for name in ("config", "source", "model", "card"):
     del derived[name]
   derived["num_params"] = recipe.model.count_params()
   derived["images"] = recipe.source.fingerprint
+  derived["num_devices"] = num_devices
   text = json.dumps(
     {
       "config": recipe.config.to_dict(),

@@ -98,14 +98,7 @@ def _train(
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir} is a file: --workdir is a folder")
   hosts.check_shared(workdir)
-  changes = []
-  if (workdir / "checkpoints").is_dir() and any(
-    (workdir / "checkpoints").iterdir()
-  ):
-    changes = recipe.changes_since(r, workdir)
-  else:
-    check = lambda: _check_place_of_weights(workdir, config.init_from)
-    hosts.on_all_hosts(check)
+  changes = hosts.on_all_hosts(lambda: _check_workdir(r, workdir))
   with contextlib.ExitStack() as stack:
     lock = contextlib.nullcontext()
     if is_first_host:
@@ -114,6 +107,8 @@ def _train(
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
+    # A list of files may be old on a network.
+    hosts.check_agreement({"newest checkpoint": checkpoints.latest_step()})
     state, position = _begin(r, checkpoints, programs.init, mesh)
     start = int(state.step)
     patience = None
@@ -132,9 +127,11 @@ def _train(
         f"({', '.join(changes)}): choose another --workdir for a new run, or "
         f"raise {reached} to train this one for longer"
       )
-    hosts.wait_for_hosts("files of the run")  # Read before one moves them.
+    # All have read the files of the run, before one moves them.
+    hosts.check_agreement(limits | {"best": patience and patience.best})
     if is_first_host:
-      recipe.save(r, workdir)
+      changes += _change_of_devices(workdir, start, mesh)
+      recipe.save(r, workdir, num_devices=mesh.size)
       if not is_over:  # No weights but those of a run that is complete.
         if patience is not None:
           patience.go_on()
@@ -330,6 +327,25 @@ def _ema_weights(state: steps.TrainState, r: recipe.Recipe) -> tuple[Any, Card]:
   """The averaged weights, with the published names, and what they are."""
   params = r.model.unstack(jax.device_get(state.ema_params))
   return params, r.card._replace(step=int(state.step))
+
+
+def _check_workdir(r: recipe.Recipe, workdir: Path) -> list[str]:
+  """What changed since the run was last started; raises for another's."""
+  checkpoints = workdir / "checkpoints"
+  if checkpoints.is_dir() and any(checkpoints.iterdir()):
+    return recipe.changes_since(r, workdir)
+  _check_place_of_weights(workdir, r.config.init_from)
+  return []
+
+
+def _change_of_devices(workdir: Path, start: int, mesh: Mesh) -> list[str]:
+  """A line for a run that goes on with more or fewer than it had."""
+  if not start:
+    return []
+  old = runs.read_config(workdir)["derived"].get("num_devices", mesh.size)
+  if old == mesh.size:
+    return []
+  return [f"devices: {old} -> {mesh.size} (dropout draws otherwise from here)"]
 
 
 def _check_place_of_weights(workdir: Path, init_from: str | None) -> None:

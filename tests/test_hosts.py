@@ -10,7 +10,7 @@ import pytest
 from conftest import run_processes
 
 from nfnets import hosts
-from nfnets.errors import InputError
+from nfnets.errors import InputError, UsageError
 
 _SLURM = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"}
 _OPEN_MPI = {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
@@ -34,7 +34,7 @@ def test_processes_that_are_alone_on_their_host(
     monkeypatch.delenv(name, raising=False)
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  assert hosts._is_alone_on_host() == is_alone
+  assert hosts._has_own_gpus() == is_alone
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,50 @@ def test_what_fails_on_one_host_is_told_to_the_others(error, monkeypatch):
   assert told == [error is not None]
 
 
+def test_gpus_that_a_launcher_hands_out(monkeypatch):
+  """By Slurm's `--gpus-per-task=1` each of several sees its own alone."""
+  monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+  monkeypatch.setenv("SLURM_NTASKS", "16")
+  for name in _OPEN_MPI:
+    monkeypatch.delenv(name, raising=False)
+  for seen, is_own in (("3", True), ("0,1", False), ("", False)):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert hosts._has_own_gpus() == is_own
+
+
+def test_steps_of_a_job_of_slurm_do_not_meet(monkeypatch):
+  ports = []
+  for job, step in ((7, 0), (7, 1), (8, 0), (2**31, 2**31)):
+    monkeypatch.setenv("SLURM_JOB_ID", str(job))
+    monkeypatch.setenv("SLURM_STEP_ID", str(step))
+    monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+    hosts._choose_port_in_slurm()
+    ports.append(int(os.environ["JAX_COORDINATOR_PORT"]))
+  assert len(set(ports)) == 4
+  assert all(2**16 - 2**12 <= port < 2**16 for port in ports)
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+  hosts._choose_port_in_slurm()
+  assert os.environ["JAX_COORDINATOR_PORT"] == "1234"
+
+
+def test_a_port_in_use_is_one_clear_line(monkeypatch):
+  """Of which gRPC dies by a segmentation fault."""
+  with socket.create_server(("127.0.0.1", 0)) as used:
+    port = used.getsockname()[1]
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0")
+    with pytest.raises(InputError, match=rf"port {port} cannot be had on this"):
+      hosts.join_pod()
+
+
+def test_a_process_of_a_pod_is_not_alone(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  with pytest.raises(UsageError, match=r"one of 4 processes of a pod: add --p"):
+    hosts.job(is_pod=False)
+
+
 def test_an_address_without_a_port_is_one_clear_line(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
   with pytest.raises(InputError, match=r"ADDRESS=host0 has no port: write"):
@@ -122,12 +166,32 @@ def test_an_address_without_a_port_is_one_clear_line(monkeypatch):
         "process 0 failed and says why: this one ends with it",
       ],
     ),
-    ("if mine == 0: time.sleep(3)", [0, 0], ["done", "done"]),
+    # The same is started once more beside it.
+    (
+      """
+    if mine == 1:
+      join = "from nfnets import hosts; hosts.join_pod()"
+      again = subprocess.run(
+        [sys.executable, "-c", join], capture_output=True, text=True
+      )
+      assert "runs on this machine already: wait for" in again.stderr, again
+    time.sleep(3)""",
+      [0, 0],
+      ["done", "done"],
+    ),
+    # One is killed: as by JAX's own end, the job may go on.
+    (
+      """
+    if mine == 1: os.kill(os.getpid(), 9)
+    hosts.wait_for_hosts("what never comes")""",
+      [134, -9],
+      ["goes on from the newest checkpoint", ""],
+    ),
   ],
 )
 def test_a_job_ends_together(body, codes, last_words):
   code = f"""
-import os, sys, time
+import os, subprocess, sys, time
 import jax
 from nfnets import hosts
 from nfnets.errors import InputError

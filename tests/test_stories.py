@@ -26,7 +26,16 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from nfnets import checkpoint, evaluate, main, pretrained, stops
+from nfnets import (
+  checkpoint,
+  devices,
+  evaluate,
+  hosts,
+  main,
+  pretrained,
+  stops,
+  train,
+)
 from nfnets.errors import InputError
 
 # 45 steps of a network that compiles in seconds, with a row for each step.
@@ -407,6 +416,34 @@ def test_a_workdir_in_use_is_refused(copy, nfnets_here):
     result = nfnets_here("train", f"--workdir={copy}", *TINY_RUN)
   _fails(result, 1, r"another process is training in .*: wait for it, stop it")
   assert _snapshot(copy) == before
+
+
+def test_processes_that_see_other_checkpoints_are_refused(
+  copy, nfnets_here, monkeypatch
+):
+  """On a network a folder's list may be old."""
+  asked = []
+
+  def check_agreement(values):
+    asked.append(values)
+    if "newest checkpoint" in values:
+      raise InputError("the hosts differ")
+
+  monkeypatch.setattr(hosts, "check_agreement", check_agreement)
+  before = _snapshot(copy)
+  result = nfnets_here("train", f"--workdir={copy}", *TINY_RUN)
+  _fails(result, 1, "the hosts differ")
+  assert asked[-1] == {"newest checkpoint": 44}
+  del before[copy / ".lock"]
+  assert before.items() <= _snapshot(copy).items()
+
+
+def test_a_run_on_other_devices_is_told(finished):
+  told = train._change_of_devices
+  (line,) = told(finished, 44, devices.make_mesh(2))
+  assert line.startswith("devices: 1 -> 2 (dropout draws")
+  assert told(finished, 44, devices.make_mesh(1)) == []
+  assert told(finished, 0, devices.make_mesh(2)) == []
 
 
 @pytest.mark.parametrize("is_start", [True, False])
