@@ -30,7 +30,7 @@ def test_batch_that_does_not_divide(
   [
     *((1, 192, 1), (14, 192, 1), (27, 192, 1), (32, 192, 2), (128, 192, 8)),
     *((8, 256, 1), (32, 256, 4), (37, 256, 1), (34, 256, 2), (4, 576, 4)),
-    *((1024, 32, 1), (2048, 32, 2)),
+    *((1024, 32, 1), (2048, 32, 2), (2, 800, 2)),
   ],
 )
 def test_large_batches_are_divided_on_a_cpu(monkeypatch, num, size, parts):
@@ -43,6 +43,8 @@ def test_large_batches_are_divided_on_a_cpu(monkeypatch, num, size, parts):
 def test_more_devices_than_there_are():
   with pytest.raises(InputError, match=r"9 devices .* there are 8 \(cpu\)"):
     devices.make_mesh(9)
+  with pytest.raises(InputError, match="1 to 8"):
+    devices.make_mesh(0)
 
 
 def test_replicated_copies_can_be_donated_without_losing_the_source():

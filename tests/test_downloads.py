@@ -1,11 +1,13 @@
 """Published weights: from a server of the test's own into the cache."""
 
+import fcntl
 import hashlib
 import http.client
 import http.server
 import pickle
 import ssl
 import threading
+import time
 
 import jax
 import numpy as np
@@ -84,6 +86,42 @@ def test_a_download_that_broke_off_goes_on(server):
   assert server.requests == [None, "bytes=1000000-"]
 
 
+def test_a_server_that_knows_no_parts_sends_all_of_it(server, tmp_path):
+  part = tmp_path / "weights" / "tiny.npz.part"
+  part.parent.mkdir()
+  part.write_bytes(DATA[:1000])
+
+  def send_all(self):
+    self.send_response(200)
+    self.send_header("Content-Length", str(len(DATA)))
+    self.end_headers()
+    self.wfile.write(DATA)
+
+  server.do_GET = send_all
+  assert downloads.fetch("published").read_bytes() == DATA
+
+
+def test_one_process_at_a_time_downloads_a_file(server, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    downloads.fcntl, "flock", lambda file, how: seen.append(how)
+  )
+  downloads.fetch("published")
+  assert seen == [fcntl.LOCK_EX]
+
+
+def test_a_server_that_falls_silent_is_left(server, monkeypatch):
+  monkeypatch.setattr(downloads, "_SECONDS_OF_SILENCE", 0.1)
+  server.do_GET = lambda self: time.sleep(1)
+  with pytest.raises(InputError, match="timed out"):
+    downloads.fetch("published")
+
+
+def test_a_cache_that_jax_was_given_is_kept():
+  downloads.keep_compiled()
+  assert jax.config.jax_compilation_cache_dir == ""  # The tests' own.
+
+
 def test_a_whole_part_is_taken(server, tmp_path):
   (tmp_path / "weights").mkdir()
   (tmp_path / "weights" / "tiny.npz.part").write_bytes(DATA)
@@ -135,6 +173,15 @@ def test_without_space_nothing_is_fetched(server, monkeypatch):
   with pytest.raises(InputError, match=r"needs 3 MB in .*, where 1 MB are fr"):
     downloads.fetch("published")
   assert server.requests == []
+
+
+def test_space_for_the_rest_is_enough(server, tmp_path, monkeypatch):
+  part = tmp_path / "weights" / "tiny.npz.part"
+  part.parent.mkdir()
+  part.write_bytes(DATA[:2_500_000])
+  usage = type("Usage", (), {"free": 1_000_000})
+  monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
+  assert downloads.fetch("published").read_bytes() == DATA
 
 
 def test_a_full_disk_on_the_way_is_one_line(server, monkeypatch):

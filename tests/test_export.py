@@ -394,6 +394,9 @@ def test_paths_may_be_strings(tmp_path):
   assert [p.name for p in written] == ["x.onnx", "x.onnx.md"]
   export.convert(path, str(tmp_path / "y.npz"), folds_epsilon=False)
   assert pretrained.load_file(str(tmp_path / "y.npz"))[1] == CARD
+  # Again, over the first ones.
+  export.convert(path, str(tmp_path / "y.npz"), folds_epsilon=False)
+  export.export(path, str(tmp_path / "x.onnx"))
 
 
 def test_a_prediction_prepares_images_as_its_card_says(tmp_path):

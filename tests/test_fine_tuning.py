@@ -28,6 +28,7 @@ from configs import base, finetune
 from nfnets import card as cards
 from nfnets import (
   checkpoint,
+  evaluate,
   export,
   models,
   pretrained,
@@ -317,6 +318,10 @@ def test_a_round_is_found_where_its_workdir_was_moved(start, tmp_path):
 
   # A round that is trained now, or that lacks its config, is not passed over.
   _write_digits(photos, (5, 6), slice(10, 20))
+  (folder / "weights.safetensors").rename(tmp_path / "kept")
+  chosen, _ = rounds.choose(config, workdir)  # After one without weights.
+  assert chosen.init_from == str(workdir / "round_001")
+  (tmp_path / "kept").rename(folder / "weights.safetensors")
   with (
     checkpoint.locked(folder),
     pytest.raises(InputError, match=r"another process is training in .*_002"),
@@ -497,12 +502,13 @@ def test_frozen_parts_keep_their_weights(start, nfnets, tmp_path):
 
 
 def test_a_class_that_arrives_while_a_round_trains_is_of_the_next(
-  start, tmp_path, capsys
+  start, tmp_path, capsys, monkeypatch
 ):
   photos, folder = tmp_path / "photos", tmp_path / "run" / "round_001"
   _write_digits(photos, (4, 5), slice(0, 40))
   config = finetune.get_config("folder")
   config.init_from, config.data.dir = str(start), str(photos)
+  config.data.test_size = 40
   r = recipe.resolve(config)
   folder.mkdir(parents=True)
   recipe.save(r, folder)
@@ -512,9 +518,20 @@ def test_a_class_that_arrives_while_a_round_trains_is_of_the_next(
   trained = pretrained.transfer(old, fresh, r.model, origin="", **names)
   pretrained.save(folder / "weights.safetensors", trained, r.card)
   _write_digits(photos, (6,), slice(0, 40))
+  sizes, over_split = [], evaluate.over_split
+
+  def watch(*arguments, **options):
+    sizes.append(options["image_size"])
+    return over_split(*arguments, **options)
+
+  monkeypatch.setattr(evaluate, "over_split", watch)
   rounds.report(r, folder)
+  assert sizes == [40]
   rows = json.loads((folder / "growth.json").read_text())
   assert [rows[group]["classes"] for group in rows] == [1, 1, 2]
+  # The start knows no 5, whatever it takes one for.
+  assert rows["new classes"]["before"] == 0
+  assert rows["known classes"]["before"] == 1
   assert rows["all classes"]["images"] == r.source.test.num_examples
 
   # The run is over; that its start is gone by now is no failure.

@@ -90,3 +90,16 @@ def test_first_weights_have_the_published_deviations():
   regnet = models.make("nf_regnet_b0", 10, depth=(1, 1), width=(16, 32))
   params, _ = jax.jit(regnet.init)(jax.random.key(0), x)
   assert not np.any(params["NF_RegNet/~/linear"]["w"])
+
+
+def test_distributions_do_not_share_their_draws():
+  def function(x):
+    for name in initial.DISTRIBUTIONS:
+      draw = initial.Draw(name, 1.0)
+      x += jnp.mean(hk.get_parameter(name, SHAPE, jnp.float32, draw))
+    return x
+
+  params, _ = initial.drawn_together(function)(jax.random.key(0), 0.0)
+  drawn = [np.ravel(value) for value in params["~"].values()]
+  assert len(drawn) == 3
+  np.testing.assert_allclose(np.corrcoef(drawn), np.eye(3), atol=0.02)

@@ -82,6 +82,14 @@ def test_tensorboard_events_are_written(tmp_path, start):
   assert events[-1].summary.value[0].simple_value == 0.5
 
 
+def test_tensorboard_sees_a_row_at_once(tmp_path):
+  log = metrics.Log(tmp_path, step=0)
+  log.write(1, "train", {"loss": 1.0})
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  assert [event.step for event in _events(path)][-1] == 1
+  log.close()
+
+
 def test_a_record_goes_on_without_tensorboard(tmp_path, monkeypatch):
   log = metrics.Log(tmp_path, step=0)
   log.write(1, "train", {"loss": 1.0})
@@ -157,6 +165,27 @@ def test_much_waiting_for_data_is_shown(monkeypatch, capsys, seconds, is_shown):
   shown = capsys.readouterr().out
   assert "step 1/9" in shown
   assert ("waiting for data 60%" in shown) == is_shown
+
+
+def test_speed_and_time_left_are_those_since_the_clock_started(
+  monkeypatch, capsys
+):
+  now = [0.0]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(progress, "time", clock)
+  values = {"loss": 6.0, "accuracy": 0.1}
+  with progress.TrainProgress(start=2, total=11, batch_size=400) as bar:
+    bar.restart_clock()
+    now[0] = 20.0
+    bar.update(3, values)
+    bar.restart_clock()
+    now[0] = 40.0
+    bar.update(5, values)
+  first, second = capsys.readouterr().out.splitlines()
+  assert " 20 img/s" in first
+  assert first.endswith("left 0:02:40")
+  assert " 40 img/s" in second
+  assert second.endswith("left 0:01:00")
 
 
 def test_a_reader_that_went_away_ends_no_run(monkeypatch):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from nfnets import agc, layers, models
 from nfnets.errors import InputError
-from nfnets.models import packed
+from nfnets.models import packed, stacked
 from nfnets.models import plan as plans
 from nfnets.models.network import Drawn, Execution, NFBlock
 
@@ -571,6 +571,7 @@ def test_stages_of_modules():
     ("nfnet_f0", {"remat": "all"}, r"unknown remat 'all'.*blocks"),
     ("nfnet_f0", {"convolution": "fft"}, r"unknown form of convolution 'fft'"),
     ("nf_resnet50", {"bottleneck_ratio": 0.001}, r"no channels are left"),
+    ("nfnet_f0", {"test_size": 0}, r"test_size=0 is not positive"),
     ("nf_resnet50", {"stochdepth_rate": 1.5}, r"rate=1.5 is not in \[0, 1\)"),
   ],
 )
@@ -679,6 +680,19 @@ def test_gradients_within_a_shard_map_are_summed(execution):
     found,
     expected,
   )
+
+
+def test_blocks_are_stacked_by_their_whole_numbers():
+  """The second is no part of the twentieth."""
+  model = models.make("nfnet_tiny", 10, **SMALL | {"depth": (3, 18)})
+  params = draw_params(param_shapes(model))
+  found = stacked.unstack(model.plan, stacked.stack(model.plan, params))
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_a_resnet_has_its_published_multiply_accumulates():
+  """A ResNet-50's, of which its form is (He et al. 2015, 4.1 with v1.5)."""
+  assert round(models.make("nf_resnet50").count_macs(224) / 1e9, 1) == 4.1
 
 
 def test_nothing_leaks_from_a_trace():

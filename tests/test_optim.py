@@ -49,6 +49,17 @@ def test_optimizer_clips_and_decays_by_group():
   np.testing.assert_allclose(got, [-(0.01 + 0.5), -0.01, -(100 + 0.5)], 1e-5)
 
 
+def test_the_floor_of_clipping_is_the_given_one():
+  params = {"net/conv": {"w": jnp.ones((4, 4))}}
+  grads = jax.tree.map(lambda x: 100 * x, params)
+  tx = optim.make_optimizer(
+    1.0, momentum=0.0, weight_decay=0.0, clipping=0.01, clipping_eps=10.0
+  )
+  updates, _ = tx.update(grads, tx.init(params), params)
+  # A unit's norm is 2, its gradient's is clipped to 0.01 x 10.
+  np.testing.assert_allclose(updates["net/conv"]["w"], -0.05, rtol=1e-5)
+
+
 def test_decay_and_momentum_are_those_of_optax():
   """Operation by operation to the last bit; compiled, to its rounding."""
   rng = np.random.default_rng(0)

@@ -2,13 +2,14 @@
 
 import functools
 import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, draw_params, load_json, param_shapes
+from conftest import PATIENCE, SMALL, draw_params, load_json, param_shapes
 
 from nfnets import (
   agc,
@@ -202,7 +203,13 @@ def test_frozen_parts_keep_their_weights_in_other_arrays():
   )
   (batch,) = _batches(0, 1, 8)
   batch = devices.shard_batch(batch, mesh)
-  state, _ = step(devices.replicate(model.stack(before), mesh), batch)
+  given = devices.replicate(model.stack(before), mesh)
+  state, metrics = step(given, batch)
+  # No gradient goes there, and the memory of what was given is used again.
+  assert metrics["max_ratio/stem"] == metrics["max_ratio/stage1"] == 0
+  assert metrics["max_ratio/stage2"] > 0
+  arrays = jax.tree.leaves((given.params, given.ema_params))
+  assert all(x.is_deleted() for x in arrays)
   after = model.unstack(jax.device_get(state))
   for module, values in after.params.items():
     for name, value in values.items():
@@ -421,6 +428,29 @@ def test_every_example_counts_once_on_any_number_of_devices():
     assert found[:4] == expected[:4]
     np.testing.assert_array_equal(found.confusion, expected.confusion)
   assert both["a"].loss != both["b"].loss
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+  left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+  left.mkdir(parents=True)
+  with checkpoint.Checkpoints(tmp_path):
+    pass
+  assert left.exists()  # Who only reads leaves it.
+  with checkpoint.Checkpoints(tmp_path, keep=2):
+    start = time.monotonic()
+    while left.exists() and time.monotonic() - start < PATIENCE:
+      time.sleep(0.01)  # In a thread of Orbax's, which a save waits for.
+  assert not left.exists()
+
+
+def test_a_fresh_state_depends_on_its_seed():
+  draw = lambda key, _: ({"m": {"w": jax.random.normal(key, (2,))}}, {})
+  model = SMALL_MODEL._replace(init=draw)
+  a, b = (
+    steps.init_state(model, optax.identity(), image_size=32, seed=seed)
+    for seed in (0, 1)
+  )
+  assert np.all(a.params["m"]["w"] != b.params["m"]["w"])
 
 
 def test_a_checkpoint_of_another_structure_is_not_called_damaged(tmp_path):

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -396,6 +397,23 @@ sys.exit(stop.reason)"""
   assert (result.returncode, result.stderr) == (1, "SIGINT\n")
 
 
+def test_a_second_ctrl_c_stops_at_once():
+  with stops.on_signal() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert stop.reason == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_in_a_thread_hears_no_signals():
+  def reason():
+    with stops.on_signal() as stop:
+      return stop.reason
+
+  with ThreadPoolExecutor(1) as pool:
+    assert pool.submit(reason).result() is None
+
+
 @pytest.mark.parametrize("is_ignored", [False, True])
 def test_a_hangup_stops_a_run_unless_it_was_ignored(is_ignored):
   other = signal.SIG_IGN if is_ignored else lambda *_: None
@@ -761,6 +779,41 @@ def test_details_that_cannot_be_written_are_told_first(
   )
   _fails(result, 1, r"--details=.*taken cannot be written to \(File exists\)")
   assert result.stdout == ""
+
+
+def test_evaluation_of_other_weights_or_data_is_refused(
+  finished, nfnets_here, tmp_path
+):
+  params, card = pretrained.load_file(finished / "weights.safetensors")
+  path = tmp_path / "w.safetensors"
+  names = card.class_names[::-1]
+  pretrained.save(path, params, card._replace(class_names=names))
+  one = "--config.train.num_devices=1"
+  config = "--config=configs/digits.py"
+  result = nfnets_here("evaluate", f"--weights={path}", config, one)
+  _fails(result, 1, r"tells 10 classes apart \(9, 8, 7, ...\), the data set")
+  other = "--config.data.mean=1,2,3"
+  result = nfnets_here("evaluate", f"--workdir={finished}", other, one)
+  _fails(result, 1, r"holds another run \(data.mean: ")
+
+
+def test_details_are_those_of_the_averaged_weights(
+  finished, nfnets_here, monkeypatch, tmp_path
+):
+  raw, ema = (evaluate.Result(1.0, top1, 0.9, 10) for top1 in (0.5, 0.6))
+  given = []
+  monkeypatch.setattr(
+    evaluate, "over_split", lambda *_, **__: {"raw": raw, "ema": ema}
+  )
+  monkeypatch.setattr(
+    evaluate, "save_details", lambda folder, result, _: given.append(result)
+  )
+  result = nfnets_here(
+    *("evaluate", f"--workdir={finished}", "--config.train.num_devices=1"),
+    f"--details={tmp_path / 'details'}",
+  )
+  assert result.returncode == 0, result.stderr
+  assert given == [ema]
 
 
 def test_evaluation_on_other_classes_is_refused(finished, nfnets, tmp_path):
