@@ -268,7 +268,6 @@ def locked(workdir: Path) -> Iterator[None]:
   On a network's file system a machine that dies may leave it, so that the file
   says who has it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / ".lock"
   with path.open("a+") as file:
     try:

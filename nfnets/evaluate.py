@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from nfnets import (
   checkpoint,
   devices,
+  files,
   hosts,
   plots,
   pretrained,
@@ -25,7 +25,6 @@ from nfnets.card import Card
 from nfnets.data import batches
 from nfnets.data.source import Split
 from nfnets.errors import InputError, UsageError
-from nfnets.files import unfinished
 
 
 class Result(NamedTuple):
@@ -176,7 +175,9 @@ def evaluate(
   is_first_host = hosts.is_first_host()
   details_here = details if is_first_host else None
   # Now, rather than when all is computed.
-  hosts.on_all_hosts(lambda: _check_details(details_here))
+  hosts.on_all_hosts(
+    lambda: details_here and files.make_writable(details_here, "--details")
+  )
   eval_step = steps.make_eval_step(
     r.model,
     mesh,
@@ -243,19 +244,6 @@ def _with_card(
   return config
 
 
-def _check_details(folder: Path | None) -> None:
-  """Raises for a folder that cannot be written to."""
-  if folder is None:
-    return
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-  except OSError as error:
-    raise InputError(
-      f"--details={folder} cannot be written to ({error.strerror})"
-    ) from None
-
-
 def save_details(
   folder: Path, result: Result, class_names: tuple[str, ...]
 ) -> None:
@@ -284,5 +272,5 @@ def save_details(
 
 @contextlib.contextmanager
 def _table(path: Path) -> Iterator[Any]:
-  with unfinished(path) as partial, partial.open("w", newline="") as file:
+  with files.unfinished(path) as partial, partial.open("w", newline="") as file:
     yield csv.writer(file)

@@ -7,6 +7,7 @@ is made from, and appears when it is whole.
 import contextlib
 import os
 import re
+import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,6 +51,21 @@ def check_keeps(path: Path, inputs: Iterable[str | Path]) -> None:
     raise InputError(
       f"{path} is read, and would be overwritten: give another name"
     )
+
+
+def make_writable(folder: Path, option: str) -> None:
+  """Makes a folder, if it is not there, that an option names.
+
+  Raises:
+    InputError: where nothing can be written in it.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    raise InputError(
+      f"{option}={folder} cannot be written to ({error.strerror})"
+    ) from None
 
 
 @contextlib.contextmanager

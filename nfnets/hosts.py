@@ -340,17 +340,13 @@ def check_agreement(values: dict[str, Any]) -> None:
 
 
 def check_shared(folder: Path) -> None:
-  """Raises `InputError`, on all hosts, unless a folder is the same for all.
-
-  It is created if it is not there.
-  """
+  """Raises `InputError`, on all hosts, unless a folder is the same for all."""
   if jax.process_count() == 1:
     return
   mine = np.uint32(secrets.randbits(32))
   token = int(multihost_utils.broadcast_one_to_all(mine))
   path = folder / f".seen_by_all_{token:08x}"
   if is_first_host():
-    folder.mkdir(parents=True, exist_ok=True)
     path.touch()
   wait_for_hosts("a file to be seen")
   start = time.monotonic()

@@ -22,6 +22,7 @@ from nfnets import (
   checkpoint,
   devices,
   evaluate,
+  files,
   hosts,
   metrics,
   plots,
@@ -97,6 +98,9 @@ def _train(
   is_first_host = hosts.is_first_host()
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir} is a file: --workdir is a folder")
+  hosts.on_all_hosts(
+    lambda: is_first_host and files.make_writable(workdir, "--workdir")
+  )
   hosts.check_shared(workdir)
   changes = hosts.on_all_hosts(lambda: _check_workdir(r, workdir))
   with contextlib.ExitStack() as stack:

@@ -250,6 +250,7 @@ def test_nor_are_those_of_a_run_or_of_the_home_folder(tmp_path, monkeypatch):
   (rounds / "config.json").touch()
   for source, out in (
     ("~/w.safetensors", tmp_path / "w.safetensors"),
+    (f"file://{tmp_path}/a%20b.npz", tmp_path / "a b.npz"),
     (tmp_path, tmp_path / "weights.safetensors"),
     (tmp_path / "run", rounds / "weights.safetensors"),
   ):

@@ -691,7 +691,7 @@ def test_blocks_are_stacked_by_their_whole_numbers():
 
 
 def test_a_resnet_has_its_published_multiply_accumulates():
-  """A ResNet-50's, of which its form is (He et al. 2015, 4.1 with v1.5)."""
+  """A ResNet-50's, whose form it has."""
   assert round(models.make("nf_resnet50").count_macs(224) / 1e9, 1) == 4.1
 
 

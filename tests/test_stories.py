@@ -1139,6 +1139,10 @@ def test_wrong_usage(arguments, pattern, nfnets_here, tmp_path):
     (["evaluate", "--workdir=absent"], r"absent does not exist \(no conf"),
     (["evaluate", "--workdir=~/absent"], r"^[^~]*/absent does not exist"),
     (["train", "--workdir=gs://x/y"], r"gs:/x/y is on the network: give a"),
+    (
+      ["train", "--workdir=/dev/null/no", "--config.train.num_devices=1"],
+      r"--workdir=/dev/null/no cannot be written to \(Not a direct",
+    ),
     (["train", "--config.data.dir=gs://x"], r"gs://x is on the network: give"),
     (
       ["evaluate", "--weights=~/x.npz", "--config=configs/digits.py"],
