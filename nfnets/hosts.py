@@ -108,9 +108,13 @@ def join_pod() -> None:
 
 
 def _choose_port_in_slurm() -> None:
-  """Another for each step of a job: JAX has one for all, which would meet."""
+  """Another for each step of a job: JAX has one for all, which would meet.
+
+  (Not under mpirun, whose processes on the first host are in no step.)
+  """
   job, step = (os.environ.get(f"SLURM_{x}_ID", "") for x in ("JOB", "STEP"))
-  if job.isdecimal() and step.isdecimal():
+  is_started_by_slurm = "OMPI_COMM_WORLD_SIZE" not in os.environ
+  if is_started_by_slurm and job.isdecimal() and step.isdecimal():
     port = 2**16 - 2**12 + (int(job) + 97 * int(step)) % 2**12
     os.environ.setdefault("JAX_COORDINATOR_PORT", str(port))
 
@@ -118,21 +122,21 @@ def _choose_port_in_slurm() -> None:
 def _be_the_only_one(address: str, index: int) -> None:
   """Raises `InputError` where this number of a job runs on this machine.
 
-  What tells is a lock, which the system frees at the end of a process.
+  What tells is a lock, which the system frees at the end of a process; where
+  there can be none, nothing does.
   """
   name = f"nfnets-{os.getuid()}-{zlib.crc32(address.encode()):08x}-{index}.lock"
-  lock = os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR)
   try:
+    lock = os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    os.close(lock)
     raise InputError(
       f"process {index} of a job at {address} runs on this machine already: "
       "wait for its end, or give this job a port of its own "
       "(JAX_COORDINATOR_ADDRESS, or under a launcher JAX_COORDINATOR_PORT)"
     ) from None
-  except OSError:  # No locks there: as without one.
-    os.close(lock)
+  except OSError:
+    pass
 
 
 def _check_port(address: str) -> None:

@@ -346,8 +346,8 @@ def _change_of_devices(workdir: Path, start: int, mesh: Mesh) -> list[str]:
   """A line for a run that goes on with more or fewer than it had."""
   if not start:
     return []
-  old = runs.read_config(workdir)["derived"].get("num_devices", mesh.size)
-  if old == mesh.size:
+  old = runs.read_config(workdir).get("derived", {}).get("num_devices")
+  if old in (None, mesh.size):  # Older versions did not write it.
     return []
   return [f"devices: {old} -> {mesh.size} (dropout draws otherwise from here)"]
 

@@ -103,6 +103,7 @@ def test_gpus_that_a_launcher_hands_out(monkeypatch):
 
 
 def test_steps_of_a_job_of_slurm_do_not_meet(monkeypatch):
+  monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
   ports = []
   for job, step in ((7, 0), (7, 1), (8, 0), (2**31, 2**31)):
     monkeypatch.setenv("SLURM_JOB_ID", str(job))
@@ -115,6 +116,10 @@ def test_steps_of_a_job_of_slurm_do_not_meet(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
   hosts._choose_port_in_slurm()
   assert os.environ["JAX_COORDINATOR_PORT"] == "1234"
+  monkeypatch.delenv("JAX_COORDINATOR_PORT")
+  monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")  # By mpirun.
+  hosts._choose_port_in_slurm()
+  assert "JAX_COORDINATOR_PORT" not in os.environ
 
 
 def test_a_port_in_use_is_one_clear_line(monkeypatch):
