@@ -6,8 +6,10 @@ part of the host's devices.)
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import secrets
 import signal
 import socket
@@ -26,12 +28,7 @@ import numpy as np
 from jax._src import clusters, distributed  # Neither has a public name.
 from jax.experimental import multihost_utils
 
-from nfnets.errors import (
-  InputError,
-  StoppedError,
-  UsageError,
-  is_out_of_memory,
-)
+from nfnets.errors import InputError, StoppedError, UsageError
 
 # How long a new file may take to be seen on another host, over a network.
 _SEEN_IN_SECONDS = 60
@@ -45,6 +42,12 @@ _SECONDS_TO_SAY_WHY = 3.0
 # How a shell tells of a process that was aborted, as JAX aborts those whose job
 # has lost another: such a job may go on where it was.
 _ABORTED = 128 + signal.SIGABRT
+
+# How errors of XLA begin that another process or the network may have caused.
+_BROKEN = re.compile(
+  "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL"
+  "|UNAVAILABLE|UNKNOWN): "
+)
 
 _SECONDS_TO_JOIN = 300  # JAX's own.
 
@@ -85,20 +88,24 @@ def join_pod() -> None:
     # None: as JAX chooses, which is one for each process; an empty list: all.
     is_open = "JAX_LOCAL_DEVICE_IDS" not in os.environ and _has_own_gpus()
     gpus = [] if is_open else None
-    address, num, index, _ = (
-      clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        address, *numbers, gpus, None, _SECONDS_TO_JOIN
+    num, index = numbers
+    if None in (address, num, index):
+      detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+      address, num, index, _ = detect(
+        address, num, index, gpus, None, _SECONDS_TO_JOIN
       )
-    )
     if None not in (address, num, index):
       _be_the_only_one(address, index)
-      if index == 0 and num > 1:
+      if index == 0:
         _check_port(address)
+      if index == 0 and num > 1:
         text = f"waiting for the {num} processes of this job at {address}"
         print(f"nfnets: {text}", file=sys.stderr, flush=True)
     jax.distributed.initialize(
       address, num, index, gpus, initialization_timeout=_SECONDS_TO_JOIN
     )
+  except InputError:
+    raise
   except (ValueError, RuntimeError) as error:
     raise InputError(
       f"cannot join a multi-host job ({str(error).splitlines()[0]}): start one "
@@ -122,10 +129,11 @@ def _choose_port_in_slurm() -> None:
 def _be_the_only_one(address: str, index: int) -> None:
   """Raises `InputError` where this number of a job runs on this machine.
 
-  What tells is a lock, which the system frees at the end of a process; where
-  there can be none, nothing does.
+  What tells is a lock, which the system frees at the end of a process, on an
+  empty file that stays; where there can be none, nothing does.
   """
-  name = f"nfnets-{os.getuid()}-{zlib.crc32(address.encode()):08x}-{index}.lock"
+  place = zlib.crc32(f"{socket.gethostname()} {address}".encode())
+  name = f"nfnets-{os.getuid()}-{place:08x}-{index}.lock"
   try:
     lock = os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,20 +149,21 @@ def _be_the_only_one(address: str, index: int) -> None:
 
 def _check_port(address: str) -> None:
   """Raises `InputError` for a port in use, of which gRPC would die."""
-  bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
-  port = int(bind.rpartition(":")[2])
-  is_dual = socket.has_dualstack_ipv6()
-  family = socket.AF_INET6 if is_dual else socket.AF_INET
+  everywhere = "[::]:" + address.rpartition(":")[2]
+  bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", everywhere)
+  host, _, port = bind.rpartition(":")
+  is_all = host == "[::]" and socket.has_dualstack_ipv6()  # As gRPC takes it.
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
   try:
     socket.create_server(
-      ("", port), family=family, dualstack_ipv6=is_dual
+      (host.strip("[]"), int(port)), family=family, dualstack_ipv6=is_all
     ).close()
   except OSError as error:
-    raise InputError(
-      f"port {port} cannot be had on this machine ({error.strerror}): choose "
-      "one that is free (JAX_COORDINATOR_ADDRESS, or under a launcher "
-      "JAX_COORDINATOR_PORT)"
-    ) from None
+    if error.errno == errno.EADDRINUSE:
+      raise InputError(
+        f"port {port} of this machine is in use: choose one that is free "
+        "(JAX_COORDINATOR_ADDRESS, or under a launcher JAX_COORDINATOR_PORT)"
+      ) from None
 
 
 def job(*, is_pod: bool) -> contextlib.AbstractContextManager[None]:
@@ -204,9 +213,7 @@ def pod() -> Iterator[None]:
     is_known = isinstance(error, InputError | OSError)
     if not is_known and _who_failed(client) is not None:
       watch.join()  # What failed here is what the other should have sent.
-    is_broken = isinstance(
-      error, jax.errors.JaxRuntimeError
-    ) and not is_out_of_memory(error)
+    is_broken = bool(_BROKEN.match(str(error)))
     fails_itself.set()
     with contextlib.suppress(RuntimeError):  # Another failed before.
       client.key_value_set(_FAILED, str(state.process_id))
@@ -255,8 +262,8 @@ def check_alone() -> None:
     if number > 1:
       raise UsageError(
         f"{name} tells of {number} processes, and each would do all by itself: "
-        "add --pod to work together, or, if several runs are wanted, start "
-        f"each by `env -u {name}` with another --workdir"
+        "add --pod to work together, or, if that is what is wanted, start "
+        f"each by `env -u {name}`, and runs with a --workdir of their own"
       )
   if (number := jax.process_count()) > 1:
     raise UsageError(
@@ -272,7 +279,8 @@ def _has_own_gpus() -> bool:
   and where it has shown it one alone (Slurm's `--gpus-per-task=1`).
   """
   variables = os.environ
-  if "," not in (variables.get("CUDA_VISIBLE_DEVICES") or ","):
+  seen = variables.get("CUDA_VISIBLE_DEVICES")
+  if seen and "," not in seen:
     return True
   if "OMPI_COMM_WORLD_LOCAL_SIZE" in variables:
     return variables["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"

@@ -526,19 +526,22 @@ def changes_since(
   return list(changed.values())
 
 
-def save(
-  recipe: Recipe, workdir: Path, *, num_devices: int | None = None
-) -> None:
-  """Writes the resolved config, what follows from it, and the card.
+def drawn_by(recipe: Recipe, num_devices: int) -> dict[str, int]:
+  """What random draws of a step depend on, beside its config."""
+  return {
+    "num_devices": num_devices,
+    "micro_batches": recipe.micro_batches(num_devices),
+  }
 
-  And on how many devices the run is; None: it is on none yet.
-  """
+
+def save(recipe: Recipe, workdir: Path, *, num_devices: int) -> None:
+  """Writes the resolved config, what follows from it, and the card."""
   derived = recipe._asdict()
   for name in ("config", "source", "model", "card"):
     del derived[name]
   derived["num_params"] = recipe.model.count_params()
   derived["images"] = recipe.source.fingerprint
-  derived["num_devices"] = num_devices
+  derived |= drawn_by(recipe, num_devices)
   text = json.dumps(
     {
       "config": recipe.config.to_dict(),

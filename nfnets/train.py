@@ -124,17 +124,23 @@ def _train(
       "config.train.patience": patience is not None and patience.is_exhausted,
     }
     is_over = any(limits.values())
-    if is_over and changes:
+    # How a step is computed is no other run; older versions wrote 1 for None.
+    others = [x for x in changes if not x.startswith("train.accumulate: ")]
+    if is_over and others:
       reached = " and ".join(key for key, is_met in limits.items() if is_met)
       raise InputError(
         f"{workdir} is complete after {start} steps, and this config differs "
-        f"({', '.join(changes)}): choose another --workdir for a new run, or "
+        f"({', '.join(others)}): choose another --workdir for a new run, or "
         f"raise {reached} to train this one for longer"
       )
     # All have read the files of the run, before one moves them.
-    hosts.check_agreement(limits | {"best": patience and patience.best})
+    hosts.check_agreement(
+      {f"whether {key} is reached": is_met for key, is_met in limits.items()}
+      | {"best evaluation": patience and patience.best}
+    )
     if is_first_host:
-      changes += _change_of_devices(workdir, start, mesh)
+      if start:
+        changes += _changes_of_draws(r, workdir, mesh)
       recipe.save(r, workdir, num_devices=mesh.size)
       if not is_over:  # No weights but those of a run that is complete.
         if patience is not None:
@@ -342,14 +348,14 @@ def _check_workdir(r: recipe.Recipe, workdir: Path) -> list[str]:
   return []
 
 
-def _change_of_devices(workdir: Path, start: int, mesh: Mesh) -> list[str]:
-  """A line for a run that goes on with more or fewer than it had."""
-  if not start:
-    return []
-  old = runs.read_config(workdir).get("derived", {}).get("num_devices")
-  if old in (None, mesh.size):  # Older versions did not write it.
-    return []
-  return [f"devices: {old} -> {mesh.size} (dropout draws otherwise from here)"]
+def _changes_of_draws(r: recipe.Recipe, workdir: Path, mesh: Mesh) -> list[str]:
+  """What is said of a run that goes on with other devices."""
+  old = runs.read_config(workdir).get("derived", {})
+  return [
+    f"{name}: {old[name]} -> {value} (dropout and the like draw otherwise)"
+    for name, value in recipe.drawn_by(r, mesh.size).items()
+    if old.get(name, value) != value  # Older versions did not write it.
+  ]
 
 
 def _check_place_of_weights(workdir: Path, init_from: str | None) -> None:

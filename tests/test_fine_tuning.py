@@ -242,7 +242,7 @@ def test_a_round_goes_on_at_its_own_sizes(start, tmp_path):
   assert folder == workdir / "round_001"
   folder.mkdir(parents=True)
   r = recipe.resolve(begun)
-  recipe.save(r, folder)
+  recipe.save(r, folder, num_devices=1)
   assert (r.train_size, r.card.image_size) == (32, 40)
   (workdir / "round_001.bak").mkdir()
 
@@ -284,7 +284,7 @@ def test_a_round_goes_on_with_its_own_settings(
     config.optim.lr_per_256 = rate
     folder = workdir / f"round_00{number}"
     folder.mkdir(parents=True)
-    recipe.save(recipe.resolve(config), folder)
+    recipe.save(recipe.resolve(config), folder, num_devices=1)
   (workdir / "round_001" / "weights.safetensors").touch()
   found = []
 
@@ -307,7 +307,7 @@ def test_a_round_is_found_where_its_workdir_was_moved(start, tmp_path):
     folder.mkdir(parents=True)
     r = recipe.resolve(config)
     r.config.init_from = str(init_from)
-    recipe.save(r, folder)
+    recipe.save(r, folder, num_devices=1)
   shutil.copy(start / "weights.safetensors", workdir / "round_001")
   chosen, folder = rounds.choose(config, workdir)
   assert folder == workdir / "round_002"
@@ -511,7 +511,7 @@ def test_a_class_that_arrives_while_a_round_trains_is_of_the_next(
   config.data.test_size = 40
   r = recipe.resolve(config)
   folder.mkdir(parents=True)
-  recipe.save(r, folder)
+  recipe.save(r, folder, num_devices=1)
   old, card = pretrained.load_with_card(start)
   names = {"old_names": card.class_names, "new_names": r.card.class_names}
   fresh = draw_params(param_shapes(r.model))

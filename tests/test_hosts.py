@@ -123,16 +123,37 @@ def test_steps_of_a_job_of_slurm_do_not_meet(monkeypatch):
   assert "JAX_COORDINATOR_PORT" not in os.environ
 
 
-def test_a_port_in_use_is_one_clear_line(monkeypatch):
+@pytest.mark.parametrize("num", ["1", "2"])
+def test_a_port_in_use_is_one_clear_line(num, monkeypatch):
   """Of which gRPC dies by a segmentation fault."""
+  monkeypatch.setattr(hosts, "_be_the_only_one", lambda *_: None)
   with socket.create_server(("127.0.0.1", 0)) as used:
     port = used.getsockname()[1]
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", num)
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0")
-    with pytest.raises(InputError, match=rf"port {port} cannot be had on this"):
-      hosts.join_pod()
+    for bind in (f"127.0.0.1:{port}", f"[::]:{port}", None):
+      if bind is None:
+        monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS")
+      else:
+        monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", bind)
+      with pytest.raises(InputError, match=rf"port {port} of this machine is"):
+        hosts.join_pod()
+
+
+def test_a_cluster_is_not_asked_for_what_is_given(monkeypatch):
+  """Kubernetes without its package complains."""
+  given = []
+  monkeypatch.setattr(hosts.clusters, "ClusterEnv", None)
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *x, **_: given.append(x)
+  )
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:9")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("JAX_PROCESS_ID", "1")
+  monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0")
+  hosts.join_pod()
+  assert given == [("127.0.0.1:9", 2, 1, None)]
 
 
 def test_a_process_of_a_pod_is_not_alone(monkeypatch):
@@ -181,10 +202,11 @@ def test_an_address_without_a_port_is_one_clear_line(monkeypatch):
         [sys.executable, "-c", join], capture_output=True, text=True
       )
       assert "runs on this machine already: wait for" in again.stderr, again
-    time.sleep(3)""",
+    hosts.wait_for_hosts("end")""",
       [0, 0],
       ["done", "done"],
     ),
+    ("if mine == 0: time.sleep(3)", [0, 0], ["done", "done"]),
     # One is killed: as by JAX's own end, the job may go on.
     (
       """
@@ -211,7 +233,8 @@ except InputError as error:
   print(error, file=sys.stderr)
   sys.exit(1)"""
   command = [sys.executable, "-c", code]
-  results = run_processes(os.environ, command, command)
+  one_each = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  results = run_processes(os.environ | one_each, command, command)
   assert [code for code, *_ in results] == codes, results
   for (*_, errors), expected in zip(results, last_words, strict=True):
     assert errors.strip().endswith(expected), results

@@ -336,7 +336,7 @@ def test_a_run_that_is_not_over_means_its_averages(tmp_path):
   config = digits.get_config()
   config.model.update(SMALL)
   r = recipe.resolve(config)
-  recipe.save(r, tmp_path)
+  recipe.save(r, tmp_path, num_devices=1)
   params = draw_params(param_shapes(r.model))
   average = jax.tree.map(lambda x: x + 1, params)
   state = steps.TrainState(np.int32(3), params, {}, (np.zeros(1),), average, {})

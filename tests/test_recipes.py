@@ -232,7 +232,7 @@ def test_without_averages_weights_are_evaluated_once(monkeypatch):
 def test_a_workdir_belongs_to_what_the_readme_says(tmp_path):
   """Each key by itself; of those that a run may change, one."""
   r = recipe.resolve(digits.get_config())
-  recipe.save(r, tmp_path)
+  recipe.save(r, tmp_path, num_devices=1)
   assert recipe.changes_since(r, tmp_path) == []
   others = {
     "data.eval_crop": "padded",
@@ -297,7 +297,7 @@ def test_columns_of_all_families_can_be_given_and_kept(
   config = main._load_config(f"configs/digits.py:{model}", options)
   r = recipe.resolve(config)
   assert r.card.overrides == columns
-  recipe.save(r, tmp_path)
+  recipe.save(r, tmp_path, num_devices=1)
   again = recipe.resolve(recipe.load_config(tmp_path))
   assert recipe.changes_since(again, tmp_path) == []
   assert again.model.variant == r.model.variant

@@ -29,13 +29,11 @@ from sklearn.datasets import load_digits
 
 from nfnets import (
   checkpoint,
-  devices,
   evaluate,
   hosts,
   main,
   pretrained,
   stops,
-  train,
 )
 from nfnets.errors import InputError
 
@@ -456,12 +454,27 @@ def test_processes_that_see_other_checkpoints_are_refused(
   assert before.items() <= _snapshot(copy).items()
 
 
-def test_a_run_on_other_devices_is_told(finished):
-  told = train._change_of_devices
-  (line,) = told(finished, 44, devices.make_mesh(2))
-  assert line.startswith("devices: 1 -> 2 (dropout draws")
-  assert told(finished, 44, devices.make_mesh(1)) == []
-  assert told(finished, 0, devices.make_mesh(2)) == []
+def test_a_complete_run_is_complete_on_other_devices_and_by_newer_versions(
+  copy, nfnets_here
+):
+  """Older ones wrote that a step has one part; the others have eight here."""
+  path = copy / "config.json"
+  values = json.loads(path.read_text())
+  values["config"]["train"]["accumulate"] = 1
+  values["derived"]["micro_batches"] = 3
+  path.write_text(json.dumps(values))
+  command = ("train", "--config=configs/digits.py", f"--workdir={copy}")
+  result = nfnets_here(*command, *TINY_RUN)
+  assert result.returncode == 0, result.stderr
+  assert "is complete" in result.stdout
+  for change in (
+    "train.accumulate: 1 -> None",
+    "num_devices: 1 -> 8 (dropout and",
+    "micro_batches: 3 -> 1 (dropout and",
+  ):
+    assert f"changed since the last start: {change}" in result.stdout
+  derived = json.loads(path.read_text())["derived"]
+  assert (derived["num_devices"], derived["micro_batches"]) == (8, 1)
 
 
 @pytest.mark.parametrize("is_start", [True, False])
