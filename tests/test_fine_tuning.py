@@ -472,7 +472,7 @@ def test_images_that_change_within_a_run_are_refused(
   config.init_from, config.data.dir = str(start), str(photos)
   config.data.grows = False
   (workdir / "checkpoints" / "1").mkdir(parents=True)
-  recipe.save(recipe.resolve(config), workdir)
+  recipe.save(recipe.resolve(config), workdir, num_devices=1)
   _write_digits(photos, (5, 6), slice(30, 40))
   result = nfnets_here("train", f"--workdir={workdir}")
   assert result.returncode == 1
