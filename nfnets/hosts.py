@@ -98,9 +98,9 @@ def join_pod() -> None:
       _be_the_only_one(address, index)
       if index == 0:
         _check_port(address)
-      if index == 0 and num > 1:
-        text = f"waiting for the {num} processes of this job at {address}"
-        print(f"nfnets: {text}", file=sys.stderr, flush=True)
+        if num > 1:
+          text = f"waiting for the {num} processes of this job at {address}"
+          print(f"nfnets: {text}", file=sys.stderr, flush=True)
     jax.distributed.initialize(
       address, num, index, gpus, initialization_timeout=_SECONDS_TO_JOIN
     )
