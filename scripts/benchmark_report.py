@@ -309,18 +309,17 @@ def _range(values: list[float]) -> str:
 
 
 def seconds(value: float) -> str:
-  """A duration with three digits."""
+  """A duration with three digits at least."""
   units = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
   unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
-  value /= unit
-  return f"{value:.0f} {name}" if value >= 100 else f"{value:.3g} {name}"
+  return f"{_rate(value / unit)} {name}"
 
 
 def flops(value: float) -> str:
-  """Operations per second with three digits."""
+  """Operations per second with three digits at least."""
   units = ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"))
   unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
-  return f"{value / unit:.3g} {name}"
+  return f"{_rate(value / unit)} {name}"
 
 
 def _rate(value: float) -> str:

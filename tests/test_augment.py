@@ -47,14 +47,16 @@ def test_compiled_or_not_it_is_the_same():
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
-def test_shift_moves_each_image_within_its_reach():
+@pytest.mark.parametrize("shift", [0.125, 0.1])  # Rounded to two pixels.
+def test_shift_moves_each_image_within_its_reach(shift):
   batch = _points(300)
-  out = augment.make_augment(shift=0.125)(KEY, jnp.arange(300), batch)
+  out = augment.make_augment(shift=shift)(KEY, jnp.arange(300), batch)
   assert out.images.dtype == np.uint8
   _, rows, columns, _ = np.nonzero(np.asarray(out.images))
   assert len(rows) == 300 * 3  # No point is lost or doubled.
   for places in (rows, columns):
     assert set(places) == {6, 7, 8, 9, 10}
+  assert len({*zip(rows, columns, strict=True)}) == 25  # Each by itself.
 
 
 def test_flip_mirrors_half_of_the_images():

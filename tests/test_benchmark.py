@@ -3,6 +3,7 @@
 Nothing here depends on how fast anything is.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -192,15 +193,19 @@ def test_the_report_of_made_up_rounds(scripts, tmp_path):
   import benchmark_report
 
   machine = {"text": "2 cores of X, 8 GiB", "backend": "cpu", "python": "3.11"}
+  kernel = {"kernel": "k" * 50, "seconds": 5e-8, "share": 0.25}
+  kernel["source"] = "x" * 80 + "y" * 80
   rows = [
-    _made_up("ours", [3.0], what="peak", task="matmul", flops=3e11),
+    _made_up("ours", [9.0, 3.0], what="peak", task="matmul", flops=3e11),
     _made_up("timm_nchw", [1.0], what="peak", task="matmul", flops=2e11),
-    _made_up("ours", [1.0, 2.0, 1.0], others_load=[0.0, 0.5, 0.1]),
+    _made_up(
+      "ours", [1.0, 2.0, 1.0], others_load=[0.0, 0.5, 0.1], bytes=3 * 2**29
+    ),
     _made_up("timm_nchw", [9.0, 9.0, 9.0]),
     _made_up("timm_channels_last", [2.0, 8.0, 3.0]),
     _made_up("timm_nchw_compiled", [1.0], error="RuntimeError: no"),
     _made_up("xla", [], error="RuntimeError: out of memory"),
-    _made_up("ours", [1.0], task="step"),
+    _made_up("ours", [1.0], task="step", kernels=[kernel]),
     _made_up("xla", [5.0], task="step"),
     _made_up("timm_nchw", [], task="step", error="ValueError: no"),
     _made_up(
@@ -226,10 +231,14 @@ def test_the_report_of_made_up_rounds(scripts, tmp_path):
   assert saved["rows"][5]["ratio"]["rounds"] == [2.0]
   # Three passes of 2 x 7e9 for each of 4 images, in 1 s, of 2e11 per second.
   assert ours["mfu"] == pytest.approx(0.84)
+  assert saved["rows"][7]["mfu"] == pytest.approx(0.84)
   assert saved["rows"][10]["passes"]["median"] == 1.5
   text = " ".join((tmp_path / "benchmark.md").read_text().split())
   for line in (
-    "| gradient | ours | 1 s | 1 to 2 s | 4 | 3.00 | 2.00 to 4.00 | 84.0% |",
+    "| gradient | ours | 1 s | 1 to 2 s | 4 | 3.00 | 2.00 to 4.00 | 84.0% |"
+    " 1.50 GiB |",
+    f"| `{'k' * 40}` | 0.05 µs | 25.0% | `{'y' * 80}` |",
+    "* 3 rounds, contestants in turn; medians",
     "plain XLA, gradient: not measured, RuntimeError: out of memory",
     "NCHW, compiled, gradient: stopped in round 2, RuntimeError: no",
     "| whole step | ours | 1 s | 1 to 1 s | 4 | 5.00 x plain XLA | 5.00 to",
@@ -241,6 +250,75 @@ def test_the_report_of_made_up_rounds(scripts, tmp_path):
     assert line in text
   assert "x timm's best" in text
   assert (tmp_path / "benchmark.png").exists()
+  data["machine"] |= {"backend": "tpu", "device": "a TPU"}
+  text = benchmark_report.to_markdown(benchmark_report.summarize(data))
+  assert "* a TPU\n" in text
+  assert "contestants one after the other" in text
+
+
+def test_medians_are_compared_and_all_rounds_drawn(
+  scripts, monkeypatch, tmp_path
+):
+  import benchmark_report
+  from matplotlib.figure import Figure
+
+  rows = [
+    _made_up("timm_nchw", [1.0, 4.0, 4.0]),  # The quickest round, no more.
+    _made_up("timm_channels_last", [2.0, 2.0, 2.0]),
+    _made_up("ours", [1.0, 2.0, 4.0]),
+  ]
+  data = {
+    "machine": {"text": "2 cores, 8 GiB", "backend": "cpu", "versions": {}},
+    "rows": rows,
+  }
+  data = benchmark_report.summarize(data)
+  assert {row["baseline"] for row in data["rows"]} == {"timm_channels_last"}
+  figures = []
+  monkeypatch.setattr(
+    Figure, "savefig", lambda self, *_, **__: figures.append(self)
+  )
+  monkeypatch.setattr(benchmark_report, "unfinished", contextlib.nullcontext)
+  benchmark_report.save_figure(data, tmp_path / "x.png")
+  (axis,) = figures[0].axes
+  assert [bar.get_width() for bar in axis.patches] == [1, 2, 2]
+  (lines,) = axis.collections
+  ends = [path.vertices[:, 0].tolist() for path in lines.get_paths()]
+  assert ends == [[1, 4], [2, 2], [1, 4]]
+
+
+@pytest.mark.parametrize(
+  ("unit", "value", "text"),
+  [
+    ("seconds", 5e-8, "0.05 µs"),
+    ("seconds", 0.0123, "12.3 ms"),
+    ("seconds", 1234.5, "1234 s"),
+    ("flops", 1.234e11, "123 GFLOP/s"),
+    ("flops", 9.996e11, "1000 GFLOP/s"),
+    ("flops", 1.6e15, "1600 TFLOP/s"),
+  ],
+)
+def test_numbers_have_no_power_of_ten(scripts, unit, value, text):
+  import benchmark_report
+
+  assert getattr(benchmark_report, unit)(value) == text
+
+
+def test_who_takes_part(scripts):
+  import benchmark_options
+
+  options = {"xla_flags": ["--xla_x=1"], "timm_compile": False, "skip": []}
+  take_part = lambda task, device, also=(): benchmark_options.contestants(
+    task, device=device, also=also, **options
+  )
+  both = ["timm_nchw", "timm_channels_last"]
+  assert take_part("step", "cpu") == ["ours", "xla", *both, "--xla_x=1"]
+  both.append("timm_channels_last_compiled")
+  assert take_part("step", "gpu") == ["ours", "xla", *both, "--xla_x=1"]
+  assert take_part("forward", "gpu")[1] == "folded"
+  assert take_part("update", "cpu") == ["ours", "timm_nchw", "--xla_x=1"]
+  assert "remat_stages" in take_part("gradient", "cpu", ["remat_stages"])
+  args = benchmark_options.parse(["--what=step", "--profile"])
+  assert args.profile
 
 
 @pytest.mark.parametrize(

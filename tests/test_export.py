@@ -21,13 +21,15 @@ from nfnets import (
   layers,
   models,
   onnx_graph,
+  plots,
+  predict,
   pretrained,
   timm,
 )
 from nfnets.augment import Normalization
 from nfnets.data import images
 from nfnets.errors import InputError
-from nfnets.predict import Classifier
+from nfnets.predict import Classifier, Prediction
 
 CARD = cards.Card(
   model="nfnet_tiny",
@@ -82,6 +84,7 @@ def _onnx_logits(card, params, images):
     ("nfnet_tiny", SMALL | {"se_ratio": 0.0, "second_conv": False}, 32),
     ("nf_regnet_b0", {"depth": (1, 1), "width": (48, 104)}, 65),
     ("nf_resnet50", {"depth": (1, 1), "width": (64, 128)}, 65),
+    ("nf_resnet50", {"depth": (1, 1), "width": (64, 128)}, 68),
     ("timm_nf_resnet50", {"depth": (1, 1), "width": (64, 128)}, 64),
   ],
 )
@@ -274,13 +277,19 @@ def test_the_model_card_says_what_a_user_needs(tmp_path):
     "| weights from | a test |",
     "resized to 41 x 41 px",
     "middle 33 x 33",
-    "123.675, 116.28, 103.53",
+    "| mean of the colours | 123.675, 116.28, 103.53 (of 0 to 255) |",
+    "| standard deviation | 58.395, 57.12, 57.375 |",
+    f"| multiply-accumulates | {CARD.make_model().count_macs(33) / 1e9:.2f} b",
+    "Pillow resizes by",
     "| classes | 3 |",
     'InferenceSession("net.onnx")',
   ):
     assert part in text, part
   details = json.loads(text.split("```json\n")[-1].split("\n```")[0])
   assert cards.Card.from_dict(details, "here") == CARD
+  assert "Pillow" not in export.model_card(CARD, weights)  # Ours prepares.
+  odd = export.model_card(CARD._replace(margin=7), pathlib.Path("net.onnx"))
+  assert "pixels[4 : 4 + 33, 4 : 4 + 33]" in odd  # As `data.images` has it.
 
 
 @pytest.mark.parametrize(
@@ -294,6 +303,7 @@ def test_the_model_card_says_what_a_user_needs(tmp_path):
     ),
     (["a/b.onnx", "--weights=w.npz"], 1, r"there is no folder .*/a"),
     (["b.onnx", "--weights=w.npz", "--int8"], 1, r"int8 is for files of weig"),
+    (["b.stablehlo", "--weights=w.npz", "--int8"], 1, r"int8 is for files of"),
     (["b.onnx", "--weights=absent.npz"], 1, r"no such weights file"),
     (["b.onnx", "--weights=nfnet_f0"], 2, r"did you mean dm_nfnet_f0"),
     (["b.onnx", "--workdir=absent"], 1, r"absent does not exist"),
@@ -460,6 +470,17 @@ def test_arrays_are_classified_in_parts_on_a_cpu(monkeypatch, tmp_path):
   found = classifier.probabilities(batch)
   np.testing.assert_allclose(found, at_once, rtol=1e-5)
   assert sizes == [3, 2, 2]
+
+
+def test_a_picture_of_predictions_names_the_likeliest(monkeypatch, tmp_path):
+  Image.new("RGB", (900, 600), "red").save(tmp_path / "a.png")
+  given = []
+  monkeypatch.setattr(plots, "save_grid", lambda *args: given.extend(args))
+  found = Prediction(tmp_path / "a.png", (("cat", 0.875), ("dog", 0.1)))
+  predict.save_grid([found], tmp_path / "grid.png")
+  (picture,), captions, _ = given
+  assert captions == ["cat\n87.5%"]
+  assert picture.shape == (267, 400, 3)
 
 
 def test_weights_that_are_not_finite_classify_nothing(tmp_path):

@@ -125,6 +125,67 @@ def test_confusions_of_few_and_many_classes_are_drawn(tmp_path, num):
     assert len(set(image.convert("L").get_flattened_data())) > 50
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that were drawn, in the place of files."""
+  figures = []
+  monkeypatch.setattr(
+    plots, "_save", lambda figure, *_, **__: figures.append(figure)
+  )
+  return figures
+
+
+def test_a_table_of_confusions_has_classes_as_rows(drawn, tmp_path):
+  plots.save_confusion(np.array([[5, 2], [0, 9]]), ("a", "b"), tmp_path)
+  axis = drawn[0].axes[0]
+  numbers = {text.get_position(): text.get_text() for text in axis.texts}
+  assert numbers == {(0, 0): "5", (1, 0): "2", (1, 1): "9"}  # (x, y).
+  assert (axis.get_ylabel(), axis.get_xlabel()) == ("class", "taken for")
+  (image,) = axis.images
+  np.testing.assert_allclose(image.get_array(), [[5 / 7, 2 / 7], [0, 1]])
+
+
+def test_the_commonest_mistakes_of_many_classes_come_first(drawn, tmp_path):
+  confusion = np.diag(np.full(40, 6))
+  confusion[2, 0], confusion[1, 0], confusion[1, 1] = 1, 3, 9
+  plots.save_confusion(confusion, tuple(f"c{i}" for i in range(40)), tmp_path)
+  axis = drawn[0].axes[0]
+  labels = [label.get_text() for label in axis.get_yticklabels()]
+  assert labels == ["c1 → c0", "c2 → c0"]
+  assert [text.get_text() for text in axis.texts] == [" 3", " 1"]
+  assert [bar.get_width() for bar in axis.patches] == [
+    25,
+    pytest.approx(100 / 7),
+  ]
+
+
+def test_curves_have_their_values_and_units(drawn, tmp_path):
+  _write(tmp_path, [2, 4])
+  row = {"step": 4, "kind": "eval", "ema_loss": 3.0, "ema_top1": 0.25}
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write(json.dumps(row) + "\n")
+  plots.save_curves(tmp_path, tmp_path, title="a run")
+  found = [
+    {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    for axis in drawn[0].axes
+  ]
+  train = "training batch, augmented"
+  assert found == [
+    {train: [0.5, 0.25], "test, raw": [1.0], "test, EMA": [3.0]},
+    {train: [50, 50], "test, raw": [50], "test, EMA": [25]},
+    {"_child0": [0.1, 0.1]},
+    {"stem": [20, 20], "all": [10, 10]},
+  ]
+
+
+def test_a_grid_has_a_place_for_each_picture(drawn, tmp_path):
+  pictures = [np.full((2, 2, 3), i, np.uint8) for i in range(5)]
+  plots.save_grid(pictures, [f"no. {i}" for i in range(5)], tmp_path)
+  axes = [axis for axis in drawn[0].axes if axis.images]
+  assert [axis.get_title() for axis in axes] == [f"no. {i}" for i in range(5)]
+  assert [axis.images[0].get_array()[0, 0, 0] for axis in axes] == [*range(5)]
+
+
 def test_names_are_no_mathematics(tmp_path):
   path = tmp_path / "confusion.png"
   plots.save_confusion(np.eye(2, dtype=int), ("a$_$b", "$x$"), path)

@@ -144,6 +144,11 @@ def test_damaged_cards(tmp_path, params, text):
     pretrained.load(path)
 
 
+def test_a_card_of_a_newer_version():
+  with pytest.raises(InputError, match=r"here: its card .* another version"):
+    card.Card.from_dict(CARD._asdict() | {"new": 1}, "here")
+
+
 def test_a_file_is_known_by_its_content(tmp_path, params):
   path = tmp_path / "weights.safetensors"
   pretrained.save(path, params, CARD)
@@ -286,6 +291,8 @@ def test_cards_for_imagenet():
     found = card.for_imagenet(models.make(name), "here")
     assert (found.image_size, found.crop, found.margin) == (size, crop, margin)
     assert len(set(found.class_names)) == 1000
+    shares = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    np.testing.assert_allclose((found.mean, found.std), 255 * shares)
 
 
 def test_names_of_imagenet_in_words():

@@ -8,22 +8,27 @@ import importlib
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from conftest import REFERENCE
+from conftest import REFERENCE, SMALL
 
 from configs import digits, finetune, nfnet_imagenet, nfnet_pretrain
+from nfnets import card as cards
 from nfnets import (
   devices,
   evaluate,
   main,
   models,
   optim,
+  plots,
   progress,
   recipe,
+  show_batch,
   steps,
   train,
 )
-from nfnets.data import sources
+from nfnets.data import batches, sources
 from nfnets.data.source import Sizes
 from nfnets.errors import InputError
 
@@ -65,6 +70,32 @@ def _path(name):
 def test_recipe_is_its_golden_file(name):
   ours = json.loads(json.dumps(_resolved(name)))
   assert ours == json.loads(_path(name).read_text())
+
+
+def test_without_a_variant_a_recipe_is_that_of_its_first():
+  for module, variant in (
+    (finetune, "folder"),
+    (nfnet_imagenet, "F0"),
+    (nfnet_pretrain, "F4"),
+    (digits, "nfnet_tiny"),
+  ):
+    assert module.get_config() == module.get_config(variant)
+
+
+def test_runs_of_two_variants_lie_apart(monkeypatch):
+  monkeypatch.setenv("NFNETS_RUNS", "here")
+  for given, expected in (
+    (None, "digits"),
+    ("mine/recipe.py", "recipe"),
+    ("configs/nfnet_imagenet.py:F1", "nfnet_imagenet-F1"),
+  ):
+    assert main._default_workdir(given) == Path("here") / expected
+
+
+def test_an_evaluation_is_never_less_than_a_step_away():
+  config = digits.get_config()
+  config.eval.every_epochs = 0.01
+  assert recipe.resolve(config).eval_every_steps == 1
 
 
 def test_the_papers_values():
@@ -371,6 +402,71 @@ def test_settings_of_the_network_and_its_images_reach_them(load, monkeypatch):
   monkeypatch.setattr(recipe, "make_augment", lambda **kw: given.update(kw))
   r.make_augment()
   assert given["randaugment_magnitude"] == 10  # F1's, in Table 1.
+  config.augment.randaugment_magnitude = 0  # Harsh, but asked for.
+  recipe.resolve(config).make_augment()
+  assert given["randaugment_magnitude"] == 0
+
+
+def test_a_batch_is_shown_as_the_first_step_sees_it(monkeypatch, tmp_path):
+  config = digits.get_config()
+  config.model.update(SMALL)
+  config.train.batch_size = 16
+  config.seed = 7
+  config.augment.update({"mixup_alpha": 0.5, "cutmix": True, "shift": 0.2})
+  augment, seen, shown = recipe.make_augment, [], []
+
+  def make_augment(**options):
+    made = augment(**options)
+
+    def watched(*arguments):
+      drawn = made(*arguments)
+      jax.debug.callback(seen.append, drawn)
+      return drawn
+
+    return watched
+
+  monkeypatch.setattr(recipe, "make_augment", make_augment)
+  monkeypatch.setattr(plots, "save_grid", lambda *args, **_: shown.extend(args))
+  show_batch.show_batch(config, tmp_path / "x.png", num_images=16)
+  r, mesh = recipe.resolve(config), devices.make_mesh(1)
+  programs = train._make_programs(r, mesh)
+  batch = next(
+    batches.TrainBatches(
+      r.source.train,
+      batch_size=16,
+      seed=config.seed,
+      with_partners=r.needs_partners,
+    )
+  )
+  state = devices.create(programs.init, mesh)
+  programs.train_step(state, devices.shard_batch(batch, mesh))
+  jax.effects_barrier()
+  ours, theirs = seen
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-3)
+  pictures, captions, _ = shown
+  assert np.abs(np.stack(pictures) - theirs.images).max() <= 0.501
+  mixed = 0
+  for label, other, share, text in zip(
+    theirs.labels, theirs.partner_labels, theirs.share, captions, strict=True
+  ):
+    if "\n" in text:
+      mixed += 1
+      assert text == f"{share:.0%} {label}\n{1 - share:.0%} {other}"
+    else:
+      assert text == str(label)
+      assert share > 0.99 or label == other
+  assert mixed > 4
+
+
+def test_weights_of_the_usual_sizes_leave_them_to_the_network():
+  model = models.make("nfnet_f0")
+  usual = cards.for_imagenet(model, "here")
+  config = recipe.fill(finetune.get_config("folder"), usual).data
+  assert (config.train_size, config.test_size) == (None, 256)
+  other = usual._replace(image_size=192)
+  config = recipe.fill(finetune.get_config("folder"), other).data
+  assert (config.train_size, config.test_size) == (192, 192)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _fails(result, exit_code, pattern):
   assert "Traceback" not in result.stderr
   lines = result.stderr.strip().splitlines()
   if exit_code == 2:
-    assert re.match(r"see `nfnets \w+ --help`", lines.pop())
+    assert re.match(r"see `nfnets [\w-]+ --help`", lines.pop())
   assert len(lines) == 1, lines
   assert re.search(pattern, lines[0]), lines[0]
 
@@ -110,6 +110,9 @@ def test_a_run_leaves_what_the_readme_says(finished):
   resolved = json.loads((finished / "config.json").read_text())
   assert resolved["derived"]["total_steps"] == 44
   assert resolved["derived"]["peak_learning_rate"] == 0.5
+  weights = load_file(finished / "weights.safetensors").values()
+  num_params = sum(values.size for values in weights)
+  assert resolved["derived"]["num_params"] == num_params
   assert resolved["config"]["model"]["depth"] == [1, 1]
   steps = {path.name for path in (finished / "checkpoints").iterdir()}
   assert steps == {"35", "42", "44"}
@@ -169,7 +172,7 @@ def test_two_processes_train_as_one(finished, environment, tmp_path):
   assert "on 2 x cpu" in first
   assert re.search(r"warm-up of 22 steps is not over .* rises to 0.22\d", first)
   assert "done" in first
-  assert "done" not in second
+  assert not [line for line in second.splitlines() if "[Gloo]" not in line]
   # Dropout draws per device, so the losses are near, not equal.
   ours, alone = read_rows(workdir), read_rows(finished)
   assert [row["step"] for row in ours] == list(range(1, 12))
@@ -646,6 +649,16 @@ def test_a_recipe_in_the_home_folder(tmp_path, monkeypatch):
   assert main._find_config("~/mine.py") == tmp_path / "mine.py"
 
 
+def test_a_recipe_of_the_current_folder_is_before_ours(tmp_path, monkeypatch):
+  ours = main._find_config("configs/digits.py").resolve()
+  monkeypatch.chdir(tmp_path)
+  assert main._find_config("configs/digits.py").samefile(ours)
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "digits.py").touch()
+  found = main._find_config("configs/digits.py")
+  assert found.samefile(tmp_path / "configs" / "digits.py")
+
+
 def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
   recipe = tmp_path / "mine.py"
   text = (
@@ -656,6 +669,10 @@ def test_a_typo_in_a_recipe_file(nfnets, tmp_path):
     ("  return {}\n", r"the recipe returns a dict: start it from configs.base"),
     ("  return c(\n", r"never closed"),
     ("  return open('absent')\n", r"No such file or directory: 'absent'"),
+    (
+      "  with c.data.unlocked():\n    del c.data.min_area\n  return c\n",
+      r"the config lacks data.min_area: start a recipe from configs.base",
+    ),
   ):
     recipe.write_text(text + lines)
     _fails(nfnets("train", f"--config={recipe}", cwd=tmp_path), 2, pattern)
@@ -904,6 +921,9 @@ def test_prediction_goes_on_after_a_file_that_is_no_image(
   assert [line[-5:] for line in lines[::3]] == ["3.png", "5.png", "7.png"]
   assert len(lines) == 9
   assert re.fullmatch(r" +\d+\.\d\d%  \d", lines[1])
+  result = nfnets("predict", f"--workdir={finished}", tmp_path / "0_bad.png")
+  assert result.returncode == 1
+  assert len(result.stderr.splitlines()) == 1  # Of one file no count.
 
 
 def test_results_are_seen_before_all_is_read(
@@ -948,14 +968,27 @@ def test_a_device_that_is_too_small_is_told(monkeypatch, capsys):
   def too_large(args, rest):
     jnp.zeros(2**50, jnp.uint8).block_until_ready()
 
-  monkeypatch.setattr(main, "_predict", too_large)
+  for command, advice in (
+    ("predict x.png", "a smaller --batch_size, or --precision=bfloat16"),
+    ("evaluate", "a smaller --config.eval.batch_size"),
+    ("train", "--config.train.accumulate=4, .* smaller --config.train.batch_s"),
+  ):
+    name, *rest = command.split()
+    monkeypatch.setattr(main, f"_{name}", too_large)
+    assert main.main([name, *rest]) == 1
+    found = capsys.readouterr().err
+    assert re.fullmatch(
+      rf"nfnets {name}: does not fit into the device's memory \(RESOURCE_EXHAU"
+      rf".*\); try {advice}.*\n",
+      found,
+    ), found
+
+  def full(args, rest):
+    raise MemoryError
+
+  monkeypatch.setattr(main, "_predict", full)
   assert main.main(["predict", "x.png"]) == 1
-  found = capsys.readouterr().err
-  assert re.fullmatch(
-    r"nfnets predict: does not fit into the device's memory \(RESOURCE_EXHAU.*"
-    r"\); try a smaller --batch_size, or --precision=bfloat16\n",
-    found,
-  ), found
+  assert capsys.readouterr().err == "nfnets predict: memory: it is full\n"
 
   def broken(args, rest):
     raise RuntimeError("INTERNAL: something else")
@@ -983,14 +1016,23 @@ def test_the_first_run_of_the_readme_learns(nfnets, tmp_path):
 def test_info(nfnets, nfnets_here):
   listed = nfnets("info")
   assert "nfnet_f6_plus" in listed.stdout
+  row = r"nfnet_f3 +254.92M +320 +416 +67.94G +114.76G"
+  assert re.search(row, listed.stdout)
   one = nfnets_here("info", "nfnet_f3").stdout
   for text in (
     "254,924,200",
     "416 px, 114.76G",
     "320 px, 67.94G",
     "magnitude 15",
+    "972 MiB parameters",
+    "2,917 MiB in all",
   ):
     assert text in one
+  assert re.search(r"stem +4 convs +128 +104 x 104\n", one)
+  assert re.search(r"stage 3 +24 +1536 +768 +6 x 128 +26 x 26\n", one)
+  other = nfnets_here("info", "nf_resnet50").stdout
+  assert re.search(r"stem +1 conv +64 +56 x 56\n", other)
+  assert re.search(r"stage 4 +3 +2048 +512 +1 x 512 +7 x 7\n", other)
   columns = "group_width=192,128,128,128"
   paper = nfnets_here("info", "nfnet_f4_plus", columns).stdout
   assert "527,033,076" in paper
@@ -1055,6 +1097,27 @@ def test_a_command_starts_with_its_memory_settings_unless_told_otherwise(given):
     ":glibc.malloc.trim_threshold=4294967296"
   )
   assert seen == f"{process.pid} {wanted} ['a b', '--c=1']"
+
+
+def test_interrupted_a_command_says_so_in_any_encoding():
+  code = (
+    "from nfnets import main\n"
+    "def stopped():\n"
+    "  print('\\u2192')\n"
+    "  raise KeyboardInterrupt\n"
+    "main.main = stopped\n"
+    "main.start()"
+  )
+  result = subprocess.run(
+    [sys.executable, "-u", "-c", code],
+    env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  assert result.stdout == "\\u2192\n"
+  assert result.stderr == "nfnets: interrupted\n"
 
 
 def test_help_is_quick_and_complete(nfnets):
@@ -1131,6 +1194,11 @@ def test_help_is_quick_and_complete(nfnets):
     (["info", "nfnet_f0", "depth"], r"'depth': an override is written COLUMN"),
     (["info", "--depth"], r"--depth is no option of `nfnets info`"),
     (["train", "--config.train.remat=all"], r"config.train: unknown remat"),
+    (["train", "--config.augment.partners=frsh"], r"'frsh': did you mean fre"),
+    (["train", "--config.data.eval_crop=pad"], r"crop 'pad': did you mean pad"),
+    (["train", "--config.optim.sam_share=0"], r"sam_share=0.0: must be above"),
+    (["train", "--config.data.mean=1e999,2,3"], r"mean=.*: must be three numb"),
+    (["show-batch", "--num_images=0"], r"--num_images=0: must be at least 1"),
   ],
 )  # fmt: skip
 def test_wrong_usage(arguments, pattern, nfnets_here, tmp_path):
