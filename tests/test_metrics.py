@@ -170,10 +170,10 @@ def test_curves_have_their_values_and_units(drawn, tmp_path):
     for axis in drawn[0].axes
   ]
   train = "training batch, augmented"
+  assert list(found.pop(2).values()) == [[0.1, 0.1]]  # Of the learning rate.
   assert found == [
     {train: [0.5, 0.25], "test, raw": [1.0], "test, EMA": [3.0]},
     {train: [50, 50], "test, raw": [50], "test, EMA": [25]},
-    {"_child0": [0.1, 0.1]},
     {"stem": [20, 20], "all": [10, 10]},
   ]
 
