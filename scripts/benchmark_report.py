@@ -310,14 +310,17 @@ def _range(values: list[float]) -> str:
 
 def seconds(value: float) -> str:
   """A duration with three digits at least."""
-  units = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
-  unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
-  return f"{_rate(value / unit)} {name}"
+  return _in_units(value, ((1, "s"), (1e-3, "ms"), (1e-6, "µs")))
 
 
 def flops(value: float) -> str:
   """Operations per second with three digits at least."""
   units = ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"))
+  return _in_units(value, units)
+
+
+def _in_units(value: float, units: tuple[tuple[float, str], ...]) -> str:
+  """In the first unit that is no larger than the value, or the last."""
   unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
   return f"{_rate(value / unit)} {name}"
 

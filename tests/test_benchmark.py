@@ -193,8 +193,8 @@ def test_the_report_of_made_up_rounds(scripts, tmp_path):
   import benchmark_report
 
   machine = {"text": "2 cores of X, 8 GiB", "backend": "cpu", "python": "3.11"}
-  kernel = {"kernel": "k" * 50, "seconds": 5e-8, "share": 0.25}
-  kernel["source"] = "x" * 80 + "y" * 80
+  kernel = {"kernel": "k" * 50, "source": "x" * 80 + "y" * 80}
+  kernel |= {"seconds": 5e-8, "share": 0.25}
   rows = [
     _made_up("ours", [9.0, 3.0], what="peak", task="matmul", flops=3e11),
     _made_up("timm_nchw", [1.0], what="peak", task="matmul", flops=2e11),

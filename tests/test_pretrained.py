@@ -280,6 +280,7 @@ def test_a_card_and_weights_that_do_not_belong_together(tmp_path, params):
 
 def test_cards_for_imagenet():
   """timm's share of the image, as a margin around what is kept."""
+  colors = 255 * np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
   for name, size, crop, margin in (
     ("nfnet_f4", 512, "resize", 32),
     ("nf_resnet50", 224, "padded", 32),
@@ -291,8 +292,7 @@ def test_cards_for_imagenet():
     found = card.for_imagenet(models.make(name), "here")
     assert (found.image_size, found.crop, found.margin) == (size, crop, margin)
     assert len(set(found.class_names)) == 1000
-    shares = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    np.testing.assert_allclose((found.mean, found.std), 255 * shares)
+    np.testing.assert_allclose((found.mean, found.std), colors)
 
 
 def test_names_of_imagenet_in_words():

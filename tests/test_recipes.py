@@ -72,7 +72,7 @@ def test_recipe_is_its_golden_file(name):
   assert ours == json.loads(_path(name).read_text())
 
 
-def test_without_a_variant_a_recipe_is_that_of_its_first():
+def test_without_a_variant_a_recipe_has_its_usual_one():
   for module, variant in (
     (finetune, "folder"),
     (nfnet_imagenet, "F0"),
