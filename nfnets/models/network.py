@@ -4,6 +4,8 @@ Shapes: N batch, H height, W width, C channels; images [N, H, W, 3].
 """
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -19,6 +21,10 @@ from nfnets.models.plan import Attention, Block, Conv, Plan
 # What a gradient keeps of the forward pass: everything; or the inputs of blocks
 # or of stages, from which the rest is computed again.
 REMATS = ("none", "blocks", "stages")
+
+# On a CPU an evaluation computes as many images at once as make no more than so
+# many numbers in a part of the network (7 MB), which its caches hold.
+_NUMBERS_AT_ONCE = 1_800_000
 
 
 class Execution(NamedTuple):
@@ -153,7 +159,10 @@ class Network(hk.Module):
       (what is averaged into `pool`), each [N, H', W', C].
     """
     outputs = {}
-    x = self._maybe_remat(self._run_stem, "blocks", "stages")(images)
+    run = self._maybe_remat(self._run_stem, "blocks", "stages")
+    if not is_training:
+      run = self._some_at_a_time(run, self.plan.stem)
+    x = run(images)
     if return_metrics:
       outputs.update(layers.signal_metrics(x, 0))
     if return_features:
@@ -169,7 +178,11 @@ class Network(hk.Module):
       else:
         run = functools.partial(self._run_stage, members)
         run = self._maybe_remat(run, "stages")
-        x = run(x, [drawn[i] for i in members])
+        run = functools.partial(run, drawn=[drawn[i] for i in members])
+        if not is_training:
+          block = self.plan.blocks[members[0]]
+          run = self._some_at_a_time(run, block.convs)
+        x = run(x)
       if return_features:
         outputs[f"stage{stage}"] = x
 
@@ -238,6 +251,35 @@ class Network(hk.Module):
       stacked = params[0]  # By models.stacked.
     drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
     return jax.lax.scan(body, x, (stacked, drawn))[0]
+
+  def _some_at_a_time(
+    self, run: Callable[[jax.Array], jax.Array], convs: Sequence[Conv]
+  ) -> Callable[[jax.Array], jax.Array]:
+    """A part of the network, which has these convolutions, as a CPU is fast.
+
+    In a loop over images, padded with zeros to a multiple; elsewhere, and in
+    exports, where their number is open, all at once.
+    """
+    is_elsewhere = jax.default_backend() != "cpu" or self.execution.convolution
+    if is_elsewhere or hk.running_init():
+      return run
+
+    def run_some(x):
+      num, *shape = x.shape
+      stride = math.prod(conv.stride for conv in convs)
+      channels = max(conv.channels for conv in convs)
+      of_one = math.prod(shape[:2]) / stride**2 * channels
+      most = max(1, int(_NUMBERS_AT_ONCE / of_one))
+      if not isinstance(num, int) or num <= most:
+        return run(x)
+      # Of large enough parts, the largest that leave least to be padded.
+      padding = lambda size: -num % size
+      size = min(range(most, most // 2, -1), key=padding)
+      pads = [(0, padding(size))] + [(0, 0)] * len(shape)
+      out = jax.lax.map(run, jnp.pad(x, pads).reshape(-1, size, *shape))
+      return out.reshape(-1, *out.shape[2:])[:num]
+
+    return run_some
 
   def _maybe_remat(self, function: Any, *where: str) -> Any:
     """A part that is computed again for the gradient, where that is wanted."""
