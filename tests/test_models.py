@@ -5,16 +5,19 @@ import math
 import pickle
 
 import haiku as hk
+import hypothesis
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
+from hypothesis import strategies
 from jax.sharding import PartitionSpec as P
 
 from nfnets import agc, layers, models
 from nfnets.errors import InputError
-from nfnets.models import packed, stacked
+from nfnets.models import network, packed, stacked
 from nfnets.models import plan as plans
 from nfnets.models.network import Drawn, Execution, NFBlock
 
@@ -419,6 +422,95 @@ def _loss_and_gradient(**execution):
     params = model.stack(params)
   value, grads = jax.jit(jax.value_and_grad(loss))(params)
   return value, model.unstack(jax.device_get(grads))
+
+
+@pytest.mark.parametrize(
+  "execution",
+  [
+    {"is_folded": True},
+    {"remat": "stages"},
+    {"remat": "blocks", "is_scanned": True},
+  ],
+  ids=str,
+)
+def test_some_images_at_a_time_give_what_all_do(execution, monkeypatch):
+  """Features of an evaluation, and gradients of the weights."""
+  row = SMALL | {"depth": (1, 2)}
+  model = models.make("nfnet_tiny", 10, **row, **execution)
+  params = draw_params(model.shapes()[0])
+  images = np.random.default_rng(0).standard_normal((7, 24, 24, 3), np.float32)
+
+  def run(params):
+    outputs = model.features(params, {}, images)
+    return jnp.sum(outputs["pool"] ** 2), outputs
+
+  def evaluate():
+    compiled = jax.value_and_grad(run, has_aux=True)
+    return jax.device_get(jax.jit(compiled)(params))
+
+  expected = evaluate()
+  monkeypatch.setattr(network, "_NUMBERS_AT_ONCE", 1000)
+  _assert_all_close(evaluate(), expected)
+
+
+@pytest.mark.parametrize(
+  "loops, is_training, form, backend",
+  [
+    (3, False, None, "cpu"),  # Stem and two stages.
+    (0, True, None, "cpu"),
+    (0, False, "xla", "cpu"),
+    (0, False, None, "gpu"),
+  ],
+)
+def test_images_are_cut_in_evaluations_on_a_cpu(
+  loops, is_training, form, backend, monkeypatch
+):
+  model = models.make("nfnet_tiny", 10, **SMALL, convolution=form)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+  def count():
+    images = jax.ShapeDtypeStruct((7, 24, 24, 3), jnp.float32)
+    apply = functools.partial(model.apply, is_training=is_training)
+    arguments = model.shapes()[0], {}, jax.random.key(0), images
+    return str(jax.make_jaxpr(apply)(*arguments)).count("= scan[")
+
+  at_once = count()
+  monkeypatch.setattr(network, "_NUMBERS_AT_ONCE", 1000)
+  assert count() == at_once + loops
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+  num=strategies.integers(1, 40), most=strategies.integers(1, 12)
+)
+def test_parts_hold_each_image_once_and_few_zeros(num, most):
+  images = np.arange(num * 32.0, dtype=np.float32).reshape(num, 4, 4, 2)
+  conv = plans.Conv("conv", 2, channels=6, kernel_size=3, stride=2)
+  sizes = []
+
+  def run(x):
+    sizes.append(len(x))
+    return x[:, ::2, ::2].sum(3)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(network, "_NUMBERS_AT_ONCE", most * 4 * 6)
+    out = network._some_at_a_time(run, [conv])(images)
+  np.testing.assert_array_equal(out, images[:, ::2, ::2].sum(3))
+  (size,) = {*sizes}
+  if num <= most:
+    assert size == num
+  else:
+    large = range(most // 2 + 1, most + 1)
+    assert size in large
+    assert -num % size == min(-num % other for other in large)
+
+
+def test_any_number_of_images_is_one_part():
+  (num,) = jax.export.symbolic_shape("n")
+  run = network._some_at_a_time(lambda x: 2 * x, [plans.Conv("conv", 2, 2)])
+  images = jax.ShapeDtypeStruct((num, 999, 999, 3), jnp.float32)
+  exported = jax.export.export(jax.jit(run))(images)
+  assert "while" not in exported.mlir_module()
 
 
 def test_as_it_is_computed_on_gpus_it_is_the_same(monkeypatch):

@@ -159,10 +159,10 @@ class Network(hk.Module):
       (what is averaged into `pool`), each [N, H', W', C].
     """
     outputs = {}
+    is_cut = not is_training and self._is_faster_cut()
+    cut = _some_at_a_time if is_cut else lambda run, _: run
     run = self._maybe_remat(self._run_stem, "blocks", "stages")
-    if not is_training:
-      run = self._some_at_a_time(run, self.plan.stem)
-    x = run(images)
+    x = cut(run, self.plan.stem)(images)
     if return_metrics:
       outputs.update(layers.signal_metrics(x, 0))
     if return_features:
@@ -179,10 +179,7 @@ class Network(hk.Module):
         run = functools.partial(self._run_stage, members)
         run = self._maybe_remat(run, "stages")
         run = functools.partial(run, drawn=[drawn[i] for i in members])
-        if not is_training:
-          block = self.plan.blocks[members[0]]
-          run = self._some_at_a_time(run, block.convs)
-        x = run(x)
+        x = cut(run, self.plan.blocks[members[0]].convs)(x)
       if return_features:
         outputs[f"stage{stage}"] = x
 
@@ -252,40 +249,45 @@ class Network(hk.Module):
     drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
     return jax.lax.scan(body, x, (stacked, drawn))[0]
 
-  def _some_at_a_time(
-    self, run: Callable[[jax.Array], jax.Array], convs: Sequence[Conv]
-  ) -> Callable[[jax.Array], jax.Array]:
-    """A part of the network, which has these convolutions, as a CPU is fast.
+  def _is_faster_cut(self) -> bool:
+    """Whether images had better be computed some at a time: on a CPU.
 
-    In a loop over images, padded with zeros to a multiple; elsewhere, and in
-    exports, where their number is open, all at once.
+    Not in exports, which have a form of convolution and run elsewhere too.
     """
-    is_elsewhere = jax.default_backend() != "cpu" or self.execution.convolution
-    if is_elsewhere or hk.running_init():
-      return run
-
-    def run_some(x):
-      num, *shape = x.shape
-      stride = math.prod(conv.stride for conv in convs)
-      channels = max(conv.channels for conv in convs)
-      of_one = math.prod(shape[:2]) / stride**2 * channels
-      most = max(1, int(_NUMBERS_AT_ONCE / of_one))
-      if not isinstance(num, int) or num <= most:
-        return run(x)
-      # Of large enough parts, the largest that leave least to be padded.
-      padding = lambda size: -num % size
-      size = min(range(most, most // 2, -1), key=padding)
-      pads = [(0, padding(size))] + [(0, 0)] * len(shape)
-      out = jax.lax.map(run, jnp.pad(x, pads).reshape(-1, size, *shape))
-      return out.reshape(-1, *out.shape[2:])[:num]
-
-    return run_some
+    is_ours = self.execution.convolution is None
+    return jax.default_backend() == "cpu" and is_ours and not hk.running_init()
 
   def _maybe_remat(self, function: Any, *where: str) -> Any:
     """A part that is computed again for the gradient, where that is wanted."""
     if self.execution.remat not in where or hk.running_init():
       return function
     return hk.remat(function)
+
+
+def _some_at_a_time(
+  run: Callable[[jax.Array], jax.Array], convs: Sequence[Conv]
+) -> Callable[[jax.Array], jax.Array]:
+  """A part of the network that has these convolutions, as a loop over images.
+
+  They come in parts that make `_NUMBERS_AT_ONCE` at most; images of zeros make
+  the parts equal. All at once where they are no more, or any number.
+  """
+
+  def in_parts(x: jax.Array) -> jax.Array:
+    num, *shape = x.shape
+    stride = math.prod(conv.stride for conv in convs)
+    channels = max(conv.channels for conv in convs)
+    most = int(_NUMBERS_AT_ONCE / (shape[0] * shape[1] * channels / stride**2))
+    if not isinstance(num, int) or num <= max(1, most):
+      return run(x)
+    # Of parts not much smaller, the largest that leave least to be added.
+    missing = lambda size: -num % size
+    size = min(range(max(1, most), most // 2, -1), key=missing)
+    pads = [(0, missing(size))] + [(0, 0)] * len(shape)
+    out = jax.lax.map(run, jnp.pad(x, pads).reshape(-1, size, *shape))
+    return out.reshape(-1, *out.shape[2:])[:num]
+
+  return in_parts
 
 
 def _rows(arrays: Any) -> list[Any]:
