@@ -65,8 +65,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     )
 
 
-# Of the images that a program computes on a CPU at once. More are slower, as
-# the system clears more memory at each call (experiments/speed.md).
+# Of the images that a program computes on a CPU at once. Of more, train steps
+# are slower, as the system clears more memory at each call, and evaluations
+# take more memory (experiments/speed.md).
 _CPU_PIXELS = 550_000
 
 
