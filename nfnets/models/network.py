@@ -277,12 +277,13 @@ def _some_at_a_time(
     num, *shape = x.shape
     stride = math.prod(conv.stride for conv in convs)
     channels = max(conv.channels for conv in convs)
-    most = int(_NUMBERS_AT_ONCE / (shape[0] * shape[1] * channels / stride**2))
-    if not isinstance(num, int) or num <= max(1, most):
+    of_one = shape[0] * shape[1] / stride**2 * channels
+    most = max(1, int(_NUMBERS_AT_ONCE / of_one))
+    if not isinstance(num, int) or num <= most:
       return run(x)
     # Of parts not much smaller, the largest that leave least to be added.
     missing = lambda size: -num % size
-    size = min(range(max(1, most), most // 2, -1), key=missing)
+    size = min(range(most, most // 2, -1), key=missing)
     pads = [(0, missing(size))] + [(0, 0)] * len(shape)
     out = jax.lax.map(run, jnp.pad(x, pads).reshape(-1, size, *shape))
     return out.reshape(-1, *out.shape[2:])[:num]
