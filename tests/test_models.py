@@ -479,6 +479,85 @@ def test_images_are_cut_in_evaluations_on_a_cpu(
   assert count() == at_once + loops
 
 
+@pytest.mark.parametrize(
+  "execution, is_training",
+  [
+    ({}, True),
+    ({"remat": "blocks"}, True),
+    ({"remat": "stages"}, True),
+    ({}, False),
+    ({"is_folded": True}, False),
+  ],
+  ids=str,
+)
+def test_blocks_compiled_once_give_what_each_by_itself_does(
+  execution, is_training, monkeypatch
+):
+  """Logits, and gradients of weights and images."""
+  row = SMALL | {"depth": (1, 4), "drop_rate": 0.0, "stochdepth_rate": 0.5}
+  model = models.make("nfnet_tiny", 10, **row, **execution)
+  params = draw_params(model.shapes()[0])
+  images = np.random.default_rng(0).standard_normal((4, 24, 24, 3), np.float32)
+
+  def run(params, images):
+    key = jax.random.key(2)
+    outputs, _ = model.apply(params, {}, key, images, is_training=is_training)
+    return jnp.sum(outputs["logits"] ** 2), outputs["logits"]
+
+  def compute(is_once):
+    monkeypatch.setattr(
+      network.Network, "_is_better_compiled_once", lambda *_: is_once
+    )
+    gradient = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    compiled = gradient.lower(params, images).compile()
+    calls = compiled.as_text().count(" call(")  # XLA has others, too.
+    return jax.device_get(compiled(params, images)), calls
+
+  found, calls = compute(True)
+  expected, other_calls = compute(False)
+  assert calls >= other_calls + 6  # Three blocks, there and back.
+  assert all(np.abs(array).max() > 0 for array in jax.tree.leaves(found))
+  _assert_all_close(found, expected)
+
+
+@pytest.mark.parametrize(
+  "num_calls, depth, is_training, form, backend",
+  [
+    (3, 4, False, None, "cpu"),
+    (0, 4, True, None, "cpu"),
+    (30, 31, True, None, "cpu"),  # With the block before, 32.
+    (0, 30, True, None, "cpu"),
+    (0, 4, False, "xla", "cpu"),
+    (0, 4, False, None, "gpu"),
+  ],
+)
+def test_equal_blocks_are_calls_of_one_function_on_a_cpu(
+  num_calls, depth, is_training, form, backend, monkeypatch
+):
+  row = SMALL | {"depth": (1, depth)}
+  model = models.make("nfnet_tiny", 10, **row, convolution=form)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+  def loss(params, images):
+    key = jax.random.key(0)
+    outputs, _ = model.apply(params, {}, key, images, is_training=is_training)
+    return jnp.sum(outputs["logits"])
+
+  def calls_of(function):
+    images = jax.ShapeDtypeStruct((2, 24, 24, 3), jnp.float32)
+    text = jax.jit(function).lower(model.shapes()[0], images).as_text()
+    return [
+      line.split("call @")[1].split("(")[0]
+      for line in text.splitlines()
+      if "compilation_unit" in line
+    ]
+
+  forward, gradient = calls_of(loss), calls_of(jax.grad(loss))
+  assert len(forward) == num_calls and len({*forward}) == min(num_calls, 1)
+  assert len(gradient) == 2 * num_calls
+  assert len({*gradient}) == 2 * min(num_calls, 1)  # There and back.
+
+
 @hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(
   num=strategies.integers(1, 40), most=strategies.integers(1, 12)

@@ -12,6 +12,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from nfnets import layers
 from nfnets.initial import Draw
@@ -25,6 +26,11 @@ REMATS = ("none", "blocks", "stages")
 # On a CPU an evaluation computes as many images at once as make no more than so
 # many numbers in a part of the network (7 MB), which its caches hold.
 _NUMBERS_AT_ONCE = 1_800_000
+
+# On a CPU equal blocks are compiled once in an evaluation, and in the training
+# of a network of so many blocks (F2 has 36): there it may cost a few hundredths
+# of the time.
+_BLOCKS_OF_DEEP = 32
 
 
 class Execution(NamedTuple):
@@ -159,7 +165,7 @@ class Network(hk.Module):
       (what is averaged into `pool`), each [N, H', W', C].
     """
     outputs = {}
-    is_cut = not is_training and self._is_faster_cut()
+    is_cut = not is_training and self._is_for_cpu()
     cut = _some_at_a_time if is_cut else lambda run, _: run
     run = self._maybe_remat(self._run_stem, "blocks", "stages")
     x = cut(run, self.plan.stem)(images)
@@ -176,7 +182,7 @@ class Network(hk.Module):
           outputs.update(layers.signal_metrics(x, i + 1))
           outputs[f"res_avg_var_{i}"] = variance
       else:
-        run = functools.partial(self._run_stage, members)
+        run = functools.partial(self._run_stage, members, is_training)
         run = self._maybe_remat(run, "stages")
         run = functools.partial(run, drawn=[drawn[i] for i in members])
         x = cut(run, self.plan.blocks[members[0]].convs)(x)
@@ -213,34 +219,52 @@ class Network(hk.Module):
     return _rows(Drawn(betas, keep))
 
   def _run_stage(
-    self, members: list[int], x: jax.Array, drawn: list[Drawn]
+    self,
+    members: list[int],
+    is_training: bool,
+    x: jax.Array,
+    drawn: list[Drawn],
   ) -> jax.Array:
     """Blocks one after the other; equal ones as a loop, if so wanted."""
     drawn = dict(zip(members, drawn, strict=True))
     for run in plans.runs(self.plan, members):
-      is_loop = self.execution.is_scanned and len(run) > 1
-      if is_loop and not hk.running_init():
-        x = self._scan(x, run, [drawn[i] for i in run])
-        continue
-      for i in run:
-        x, _ = self._maybe_remat(self.blocks[i], "blocks")(x, drawn[i])
+      drawn_of_run = [drawn[i] for i in run]
+      if len(run) > 1 and self.execution.is_scanned and not hk.running_init():
+        x = self._scan(x, run, drawn_of_run)
+      elif len(run) > 1 and self._is_better_compiled_once(is_training):
+        x = self._call(x, run, drawn_of_run)
+      else:
+        for i in run:
+          x, _ = self._maybe_remat(self.blocks[i], "blocks")(x, drawn[i])
+    return x
+
+  def _is_better_compiled_once(self, is_training: bool) -> bool:
+    is_deep = len(self.plan.blocks) >= _BLOCKS_OF_DEEP
+    return (is_deep or not is_training) and self._is_for_cpu()
+
+  def _call(
+    self, x: jax.Array, run: list[int], drawn: list[Drawn]
+  ) -> jax.Array:
+    """Blocks that differ in their numbers alone, by calls of one function.
+
+    XLA compiles it as a unit, once, and what computes its gradient likewise.
+    """
+    block = jax.jit(self._as_function(run[0]))
+    for i, drawn_of_one in zip(run, drawn, strict=True):
+      params = _relative_params(self.blocks[i])
+      x = _as_unit(block(params, _with_gradient_as_unit(x), drawn_of_one))
     return x
 
   def _scan(
     self, x: jax.Array, run: list[int], drawn: list[Drawn]
   ) -> jax.Array:
     """Blocks that differ in their numbers alone, as one loop over them."""
-    first = self.plan.blocks[run[0]]
-    net = hk.transform(
-      lambda x, drawn: NFBlock(first, self.plan, self.execution)(x, drawn)
-    )
+    block = self._as_function(run[0])
 
     def body(x, inputs):
       params, drawn = inputs
-      return net.apply(params, None, x, drawn)[0], None
+      return block(params, x, drawn), None
 
-    if self.execution.remat == "blocks":
-      body = jax.checkpoint(body)
     params = [_relative_params(self.blocks[i]) for i in run]
     if params[1]:
       stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
@@ -249,10 +273,23 @@ class Network(hk.Module):
     drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
     return jax.lax.scan(body, x, (stacked, drawn))[0]
 
-  def _is_faster_cut(self) -> bool:
-    """Whether images had better be computed some at a time: on a CPU.
+  def _as_function(self, i: int) -> Callable[..., jax.Array]:
+    """A block, of its parameters by their names in it, x, and what is drawn."""
+    block = self.plan.blocks[i]
+    net = hk.transform(
+      lambda x, drawn: NFBlock(block, self.plan, self.execution)(x, drawn)
+    )
 
-    Not in exports, which have a form of convolution and run elsewhere too.
+    def run(params, x, drawn):
+      return net.apply(params, None, x, drawn)[0]
+
+    return jax.checkpoint(run) if self.execution.remat == "blocks" else run
+
+  def _is_for_cpu(self) -> bool:
+    """Whether the program may be made for a CPU alone.
+
+    Not that of an export, which has a form of convolution and runs elsewhere
+    too.
     """
     is_ours = self.execution.convolution is None
     return jax.default_backend() == "cpu" and is_ours and not hk.running_init()
@@ -289,6 +326,22 @@ def _some_at_a_time(
     return out.reshape(-1, *out.shape[2:])[:num]
 
   return in_parts
+
+
+def _as_unit(result: jax.Array) -> jax.Array:
+  """The same array; the call whose result it is is compiled as a unit."""
+  return set_xla_metadata(result, compilation_unit="block")
+
+
+@jax.custom_vjp
+def _with_gradient_as_unit(x: jax.Array) -> jax.Array:
+  """The same array; the call that computes its gradient is a unit."""
+  return x
+
+
+_with_gradient_as_unit.defvjp(
+  lambda x: (x, None), lambda _, dx: (_as_unit(dx),)
+)
 
 
 def _rows(arrays: Any) -> list[Any]:
