@@ -98,10 +98,10 @@ def get_config() -> ConfigDict:
   # What is computed again for the gradient, to fit memory: none of the network,
   # or all but the inputs of "blocks" or "stages".
   config.train.remat = "none"
-  # Whether equal blocks are compiled once, as a loop: deep networks compile
-  # faster and run slower. On a CPU F7's gradient compiles in half the time and
-  # takes more memory; F0's compiles and runs a quarter slower
-  # (experiments/speed.md).
+  # Whether equal blocks are one loop, and their parameters fewer arrays: steps
+  # of deep networks compile faster and run slower. On a CPU F7's compiles in a
+  # sixth of the time and takes more memory; F0's gradient compiles and runs a
+  # quarter slower (experiments/speed.md).
   config.train.scan = False
   # Train with parameters in fewer arrays; None: on GPUs. Checkpoints and
   # weights are the same.

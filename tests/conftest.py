@@ -41,9 +41,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Seconds until what has not ended is taken for hanging; some machines are slow.
 PATIENCE = 600
 
-# Of commands that train for hundreds of steps, which level 0 makes slow.
-LONG_RUN = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
-
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 # A network that compiles in seconds and still has every kind of layer: groups,

@@ -14,9 +14,11 @@ from nfnets import convolution, rowwise
 from nfnets.errors import InputError
 
 
-def _normal(seed, *shape):
+def _normal(seed, *shape, dtype=np.float32):
+  # NumPy's, here and where results are compared: JAX compiles anew for a shape.
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+  drawn = rng.standard_normal(shape, dtype=np.float32)
+  return jnp.asarray(drawn.astype(dtype))
 
 
 class Case(NamedTuple):
@@ -64,9 +66,9 @@ def _check_next_to_xlas_own(case, dtype, *, rtol, atol):
   outputs = case.expansion * channels
   shape = (num, -(-height // stride), -(-width // stride), outputs)
   inputs = (
-    _normal(0, num, height, width, channels).astype(dtype),
-    _normal(1, kernel, kernel, case.width_of_groups, outputs).astype(dtype),
-    _normal(2, *shape).astype(dtype),
+    _normal(0, num, height, width, channels, dtype=dtype),
+    _normal(1, kernel, kernel, case.width_of_groups, outputs, dtype=dtype),
+    _normal(2, *shape, dtype=dtype),
   )
 
   def value_and_gradients(x, w, seen, form):
@@ -77,13 +79,14 @@ def _check_next_to_xlas_own(case, dtype, *, rtol, atol):
     return out, *back(seen)
 
   run = jax.jit(value_and_gradients, static_argnums=3)
-  ours = run(*inputs, case.form)
-  exact = run(*(v.astype(jnp.float32) for v in inputs), "xla")
+  ours = jax.device_get(run(*inputs, case.form))
+  inputs = (x.astype(np.float32) for x in jax.device_get(inputs))
+  exact = jax.device_get(run(*inputs, "xla"))
   assert ours[0].shape == shape
   for a, b in zip(ours, exact, strict=True):
     assert a.dtype == dtype
     np.testing.assert_allclose(
-      a.astype(jnp.float32), b, rtol=rtol, atol=atol * abs(b).max()
+      a.astype(np.float32), b, rtol=rtol, atol=atol * abs(b).max()
     )
 
 
@@ -168,7 +171,7 @@ def test_products_in_bfloat16_are_equal_to_its_rounding(set_amx, case):
 def test_second_derivatives_are_those_of_xlas_own(dtype, set_amx):
   """Of kernels that stay float32, as parameters do."""
   set_amx(True)
-  x, w = _normal(0, 2, 8, 8, 8), _normal(1, 3, 3, 4, 8) / 6
+  x, w = _normal(0, 2, 8, 8, 8, dtype=dtype), _normal(1, 3, 3, 4, 8) / 6
 
   def loss(w, x, form):
     out = convolution.conv2d(x, w, groups=2, form=form)
@@ -178,13 +181,14 @@ def test_second_derivatives_are_those_of_xlas_own(dtype, set_amx):
     slopes = jax.grad(loss, (0, 1))(w, x, form)
     return sum(jnp.sum(slope.astype(jnp.float32) ** 2) for slope in slopes)
 
-  curvatures = jax.grad(squares_of_slopes, (0, 1))
-  ours = curvatures(w, x.astype(dtype), "products")
+  curvatures = jax.jit(jax.grad(squares_of_slopes, (0, 1)), static_argnums=2)
+  ours = jax.device_get(curvatures(w, x, "products"))
   assert [a.dtype for a in ours] == [jnp.float32, dtype]
+  exact = jax.device_get(curvatures(w, _normal(0, 2, 8, 8, 8), "xla"))
   error = 0.03 if dtype == jnp.bfloat16 else 1e-5
-  for a, b in zip(ours, curvatures(w, x, "xla"), strict=True):
+  for a, b in zip(ours, exact, strict=True):
     np.testing.assert_allclose(
-      a.astype(jnp.float32), b, atol=error * abs(b).max()
+      a.astype(np.float32), b, atol=error * abs(b).max()
     )
 
 
@@ -192,15 +196,14 @@ def test_second_derivatives_are_those_of_xlas_own(dtype, set_amx):
 @pytest.mark.parametrize("num, size", [(2, 48), (1, 42), (2, 8)])
 def test_gradients_in_float64_are_as_exact(num, size):
   with jax.enable_x64(True):
-    x, w = (
-      a.astype(jnp.float64)
-      for a in (_normal(0, num, size, size, 32), _normal(1, 3, 3, 16, 32))
-    )
+    x = _normal(0, num, size, size, 32, dtype=np.float64)
+    w = _normal(1, 3, 3, 16, 32, dtype=np.float64)
     gradients = lambda form: jax.grad(
       lambda w, x: jnp.sum(convolution.conv2d(x, w, groups=2, form=form) ** 2),
       (0, 1),
-    )(w, x)
-    for a, b in zip(gradients("products"), gradients("xla"), strict=True):
+    )
+    run = lambda form: jax.device_get(jax.jit(gradients(form))(w, x))
+    for a, b in zip(run("products"), run("xla"), strict=True):
       assert a.dtype == jnp.float64
       np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13 * abs(b).max())
 
@@ -242,14 +245,15 @@ def test_several_devices_give_the_gradients_of_one(
 ):
   """Where JAX checks what varies between them, as it does by default."""
   set_amx(True)
-  x = _normal(0, 4, size, size, 32).astype(dtype)
+  x = _normal(0, 4, size, size, 32, dtype=dtype)
   w = _normal(1, 3, 3, 32 // groups, 32)
 
   def loss(w, x):
     out = convolution.conv2d(x, w, groups=groups, form="products")
     return jnp.sum(jnp.tanh(out.astype(jnp.float32)))
 
-  run = lambda loss: jax.jit(jax.value_and_grad(loss, (0, 1)))(w, x)
+  gradient = lambda loss: jax.value_and_grad(loss, (0, 1))
+  run = lambda loss: jax.device_get(jax.jit(gradient(loss))(w, x))
   of_all = jax.shard_map(
     lambda w, x: jax.lax.psum(loss(w, x), "data"),
     mesh=jax.sharding.Mesh(jax.devices()[:2], "data"),
@@ -258,10 +262,10 @@ def test_several_devices_give_the_gradients_of_one(
   )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
-      a.astype(jnp.float32), b, rtol=2**-7, atol=1e-5 * abs(b).max()
+      a.astype(np.float32), b, rtol=2**-7, atol=1e-5 * abs(b).max()
     ),
     run(of_all),
-    jax.tree.map(lambda b: b.astype(jnp.float32), run(loss)),
+    jax.tree.map(lambda b: b.astype(np.float32), run(loss)),
   )
 
 
@@ -369,8 +373,8 @@ def test_bfloat16_is_multiplied_as_such_on_cpus_with_amx(
   kernel, stride, groups, set_amx
 ):
   set_amx(True)
-  x = _normal(0, 2, 16, 16, 32).astype(jnp.bfloat16)
-  w = _normal(1, kernel, kernel, 32 // groups, 32).astype(jnp.bfloat16)
+  x = _normal(0, 2, 16, 16, 32, dtype=jnp.bfloat16)
+  w = _normal(1, kernel, kernel, 32 // groups, 32, dtype=jnp.bfloat16)
 
   def value_and_gradients(x, w):
     convolve = lambda x, w: convolution.conv2d(

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import (
-  LONG_RUN,
   SMALL,
   draw_params,
   kill_when,
@@ -67,7 +66,7 @@ def _write_digits(folder, digits, numbers, suffix="png", mode="RGB"):
 
 
 def _train(nfnets, *options, **kwargs):
-  result = nfnets("train", *options, **LONG_RUN, **kwargs)
+  result = nfnets("train", *options, **kwargs)
   assert result.returncode == 0, result.stderr
   return result.stdout
 
@@ -154,7 +153,7 @@ def test_two_rounds(start, nfnets, environment, tmp_path):
   assert kill_when(
     lambda: (checkpoints / "25").is_dir(),
     [sys.executable, "-m", "nfnets.main", "train", *command],
-    environment | LONG_RUN,
+    environment,
   )
   assert not (killed / "round_002" / "weights.safetensors").exists()
   resumed = _train(nfnets, *command)
@@ -448,7 +447,7 @@ def test_two_processes_train_two_rounds(start, environment, tmp_path):
   command = _fine_tune(start, photos, workdir, "--config.train.epochs=3")
   for digits in ((5, 6), (5, 6, 7)):
     _write_digits(photos, digits, slice(0, 40))
-    results = run_pod(environment | LONG_RUN, *command)
+    results = run_pod(environment, *command)
     for code, output, errors in results:
       assert code == 0, output + errors
   assert re.search(r"known classes +\d+ +\S+% +\S+%", results[0][1])

@@ -175,9 +175,9 @@ def test_each_block_of_f0_propagates_the_predicted_variance(index):
   rng = np.random.default_rng(index)
   shape = (1, 32, 32, block.in_channels)
   x = rng.standard_normal(shape, dtype=np.float32) / block.beta
-  params = network.init(jax.random.key(index), x)
+  params = jax.jit(network.init)(jax.random.key(index), x)
   params = hk.data_structures.map(
-    lambda _, name, v: jnp.ones(()) if name == "skip_gain" else v, params
+    lambda _, name, v: np.float32(1) if name == "skip_gain" else v, params
   )
   out, residual = jax.jit(network.apply)(params, x)
 
@@ -298,8 +298,10 @@ def test_a_dropped_branch_leaves_the_shortcut_and_others_are_not_rescaled():
     )
   )
 
+  drawn = jax.jit(network.init)(jax.random.key(0), None)
+
   def out(skip_gain, keep):
-    params = network.init(jax.random.key(0), None)
+    params = {k: dict(v) for k, v in drawn.items()}
     params[block.kind]["skip_gain"] = jnp.float32(skip_gain)
     return network.apply(params, keep)[0]
 
@@ -331,7 +333,9 @@ def test_of_bfloat16_neither_beta_nor_a_gate_is_rounded(name):
       return NFBlock(block, plan, Execution())(x, Drawn(block.beta, None))
 
   network = hk.transform(apply)
-  out, _ = network.apply(network.init(jax.random.key(0), x), None, x)
+  params = jax.jit(network.init)(jax.random.key(0), x)
+  found.clear()
+  out, _ = network.apply(params, None, x)
   assert out.dtype == jnp.bfloat16
   act = layers.ACTIVATIONS[plan.activation]
   names = [conv.name for conv in block.convs]
@@ -380,10 +384,14 @@ def test_training_uses_its_randomness_and_evaluation_none(kind):
     {"convolution": "products"},
     {"is_scanned": True},
     {"remat": "blocks"},
-    {"remat": "stages"},
+    pytest.param({"remat": "stages"}, marks=pytest.mark.slow),
     {"remat": "blocks", "is_scanned": True},
-    {"remat": "stages", "is_scanned": True},
-    {"remat": "blocks", "is_packed": True},
+    pytest.param(
+      {"remat": "stages", "is_scanned": True}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      {"remat": "blocks", "is_packed": True}, marks=pytest.mark.slow
+    ),
     {"remat": "stages", "is_packed": True},
   ],
   ids=str,
@@ -401,8 +409,7 @@ def _assert_all_close(found, expected):
     lambda a, b: np.testing.assert_allclose(
       a, b, rtol=1e-4, atol=1e-5 * max(1, abs(b).max())
     ),
-    found,
-    expected,
+    *jax.device_get((found, expected)),
   )
 
 
@@ -428,14 +435,14 @@ def _loss_and_gradient(**execution):
   "execution",
   [
     {"is_folded": True},
-    {"remat": "stages"},
+    pytest.param({"remat": "stages"}, marks=pytest.mark.slow),
     {"remat": "blocks", "is_scanned": True},
   ],
   ids=str,
 )
 def test_some_images_at_a_time_give_what_all_do(execution, monkeypatch):
   """Features of an evaluation, and gradients of the weights."""
-  row = SMALL | {"depth": (1, 2)}
+  row = SMALL | {"depth": (1, 3)}
   model = models.make("nfnet_tiny", 10, **row, **execution)
   params = draw_params(model.shapes()[0])
   images = np.random.default_rng(0).standard_normal((7, 24, 24, 3), np.float32)
@@ -483,7 +490,8 @@ def test_images_are_cut_in_evaluations_on_a_cpu(
   "execution, is_training",
   [
     ({}, True),
-    ({"remat": "blocks"}, True),
+    pytest.param({"remat": "blocks"}, True, marks=pytest.mark.slow),
+    pytest.param({"remat": "stages"}, True, marks=pytest.mark.slow),
     ({"is_folded": True}, False),
   ],
   ids=str,
@@ -554,6 +562,35 @@ def test_equal_blocks_are_calls_of_one_function_on_a_cpu(
   assert len(forward) == num_calls and len({*forward}) == min(num_calls, 1)
   assert len(gradient) == 2 * num_calls
   assert len({*gradient}) == 2 * min(num_calls, 1)  # There and back.
+
+
+@pytest.mark.parametrize(
+  "name, is_training, is_once",
+  [
+    ("nfnet_f0", False, True),
+    ("nfnet_f1", True, False),
+    ("nfnet_f2", True, True),
+  ],
+)
+def test_only_within_a_program_blocks_are_compiled_once(
+  name, is_training, is_once
+):
+  """Elsewhere each call would be compiled anew."""
+  plan = models.make(name).plan
+  found = []
+
+  def ask(x):
+    net = network.Network(plan, 10, Execution())
+    found.append(net._is_better_compiled_once(is_training))
+    return x
+
+  ask = functools.partial(hk.transform(ask).apply, {}, None)
+  ask(1.0)
+  jax.grad(ask)(1.0)
+  assert found == [False, False]
+  jax.jit(ask)(1.0)
+  jax.eval_shape(jax.grad(ask), 1.0)
+  assert found[2:] == [is_once, is_once]
 
 
 @hypothesis.settings(deadline=None, max_examples=40)
@@ -801,12 +838,15 @@ def test_weights_that_are_not_folded_are_refused_where_they_must_be():
 
 
 def test_a_network_goes_to_other_processes():
-  model = models.make("nfnet_tiny", 3, **SMALL, remat="blocks")
+  row = {k: v[:1] for k, v in SMALL.items()}
+  model = models.make("nfnet_tiny", 3, **row, remat="blocks")
   copy = pickle.loads(pickle.dumps(model))
   assert copy[:5] == model[:5]
   params = draw_params(param_shapes(model))
   images = np.ones((1, 32, 32, 3), np.float32)
-  outputs = [m.apply(params, {}, None, images)[0] for m in (copy, model)]
+  outputs = [
+    jax.jit(m.apply)(params, {}, None, images)[0] for m in (copy, model)
+  ]
   np.testing.assert_array_equal(*(o["logits"] for o in outputs))
 
 
@@ -819,11 +859,15 @@ def test_numbers_of_numpy_are_columns():
 
 @pytest.mark.parametrize(
   "execution",
-  [{}, {"remat": "blocks"}, {"remat": "blocks", "is_scanned": True}],
+  [
+    {},
+    pytest.param({"remat": "blocks"}, marks=pytest.mark.slow),
+    {"remat": "blocks", "is_scanned": True},
+  ],
 )
 def test_gradients_within_a_shard_map_are_summed(execution):
   """With JAX's default, which tells what varies between devices."""
-  columns = SMALL | {"depth": (2, 1)}
+  columns = SMALL | {"depth": (1, 3)}
   model = models.make("nfnet_tiny", 3, **columns, **execution)
   params = draw_params(param_shapes(model))
   images = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
@@ -865,7 +909,7 @@ def test_a_resnet_has_its_published_multiply_accumulates():
 
 
 def test_nothing_leaks_from_a_trace():
-  model = models.make("nfnet_tiny", 3, **SMALL)
+  model = models.make("nfnet_tiny", 3, **{k: v[:1] for k, v in SMALL.items()})
   params = draw_params(param_shapes(model))
   images = np.ones((1, 32, 32, 3), np.float32)
   loss = lambda p: jnp.sum(model.apply(p, {}, None, images)[0]["logits"])

@@ -161,7 +161,7 @@ def _in_turn():
   [
     ("is_scanned", 1),
     pytest.param("is_scanned", 2, marks=pytest.mark.slow),
-    ("is_packed", 1),
+    pytest.param("is_packed", 1, marks=pytest.mark.slow),
     ("is_packed", 2),
   ],
 )
@@ -526,7 +526,6 @@ def test_every_device_and_micro_batch_draws_anew(sam_rho, monkeypatch):
 
 def test_a_fresh_state_holds_no_array_twice():
   """Compiled or not: a step donates them all."""
-  model = models.make("nfnet_tiny", 3, **SMALL)
-  state = steps.init_state(model, optax.identity(), image_size=32, seed=0)
+  state = steps.init_state(ONE_BLOCK, optax.identity(), image_size=32, seed=0)
   places = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
   assert len(places) == len(set(places))

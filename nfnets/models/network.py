@@ -27,9 +27,9 @@ REMATS = ("none", "blocks", "stages")
 # many numbers in a part of the network (7 MB), which its caches hold.
 _NUMBERS_AT_ONCE = 1_800_000
 
-# On a CPU equal blocks are compiled once in an evaluation, and in the training
-# of a network of so many blocks (F2 has 36): there it may cost a few hundredths
-# of the time.
+# On a CPU equal blocks are compiled once in an evaluation. In training that may
+# cost a few hundredths of the time, which pays where compilation is long: from
+# so many blocks on (F2 has 36).
 _BLOCKS_OF_DEEP = 32
 
 
@@ -166,28 +166,28 @@ class Network(hk.Module):
     """
     outputs = {}
     is_cut = not is_training and self._is_for_cpu()
-    cut = _some_at_a_time if is_cut else lambda run, _: run
-    run = self._maybe_remat(self._run_stem, "blocks", "stages")
-    x = cut(run, self.plan.stem)(images)
+    cut = _some_at_a_time if is_cut else lambda part, _: part
+    stem = self._maybe_remat(self._run_stem, "blocks", "stages")
+    x = cut(stem, self.plan.stem)(images)
     if return_metrics:
       outputs.update(layers.signal_metrics(x, 0))
     if return_features:
       outputs["stem"] = x
 
     drawn = self._draw(images.shape[0], is_training)
-    for stage, members in enumerate(plans.stages(self.plan), start=1):
+    for number, members in enumerate(plans.stages(self.plan), start=1):
       if return_metrics:
         for i in members:
           x, variance = self.blocks[i](x, drawn[i])
           outputs.update(layers.signal_metrics(x, i + 1))
           outputs[f"res_avg_var_{i}"] = variance
       else:
-        run = functools.partial(self._run_stage, members, is_training)
-        run = self._maybe_remat(run, "stages")
-        run = functools.partial(run, drawn=[drawn[i] for i in members])
-        x = cut(run, self.plan.blocks[members[0]].convs)(x)
+        stage = functools.partial(self._run_stage, members, is_training)
+        stage = self._maybe_remat(stage, "stages")
+        stage = functools.partial(stage, drawn=[drawn[i] for i in members])
+        x = cut(stage, self.plan.blocks[members[0]].convs)(x)
       if return_features:
-        outputs[f"stage{stage}"] = x
+        outputs[f"stage{number}"] = x
 
     x = self.activation(self.final_conv(x) if self.final_conv else x)
     if return_features:
@@ -225,7 +225,7 @@ class Network(hk.Module):
     x: jax.Array,
     drawn: list[Drawn],
   ) -> jax.Array:
-    """Blocks one after the other; equal ones as a loop, if so wanted."""
+    """Blocks one after the other; runs of equal ones as a loop or as calls."""
     drawn = dict(zip(members, drawn, strict=True))
     for run in plans.runs(self.plan, members):
       drawn_of_run = [drawn[i] for i in run]
@@ -245,14 +245,10 @@ class Network(hk.Module):
   def _call(
     self, x: jax.Array, run: list[int], drawn: list[Drawn]
   ) -> jax.Array:
-    """Blocks that differ in their numbers alone, by calls of one function.
-
-    XLA compiles it as a unit, once, and what computes its gradient likewise.
-    """
-    block = jax.jit(self._as_function(run[0]))
+    """Blocks that differ in their numbers alone, by calls of one function."""
+    block = _compiled_once(self._as_function(run[0]))
     for i, drawn_of_one in zip(run, drawn, strict=True):
-      params = _relative_params(self.blocks[i])
-      x = _as_unit(block(params, _with_gradient_as_unit(x), drawn_of_one))
+      x = block(_relative_params(self.blocks[i]), x, drawn_of_one)
     return x
 
   def _scan(
@@ -266,15 +262,18 @@ class Network(hk.Module):
       return block(params, x, drawn), None
 
     params = [_relative_params(self.blocks[i]) for i in run]
-    if params[1]:
-      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    else:
-      stacked = params[0]  # By models.stacked.
-    drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
+    is_stacked = not params[1]  # By models.stacked: the first block has all.
+    together = lambda *leaves: jnp.stack(leaves)
+    stacked = params[0] if is_stacked else jax.tree.map(together, *params)
+    drawn = jax.tree.map(together, *drawn)
     return jax.lax.scan(body, x, (stacked, drawn))[0]
 
   def _as_function(self, i: int) -> Callable[..., jax.Array]:
-    """A block, of its parameters by their names in it, x, and what is drawn."""
+    """A block, of its parameters by their names in it, x, and what is drawn.
+
+    Apart from the network, where a module's parameters are its own: so that one
+    function serves all blocks that are equal to this one.
+    """
     block = self.plan.blocks[i]
     net = hk.transform(
       lambda x, drawn: NFBlock(block, self.plan, self.execution)(x, drawn)
@@ -286,13 +285,15 @@ class Network(hk.Module):
     return jax.checkpoint(run) if self.execution.remat == "blocks" else run
 
   def _is_for_cpu(self) -> bool:
-    """Whether the program may be made for a CPU alone.
+    """Whether this is for a program, and one that may be made for a CPU alone.
 
-    Not that of an export, which has a form of convolution and runs elsewhere
-    too.
+    Not for one with a chosen form of convolution, as an export, which runs
+    elsewhere too. Outside of `jax.jit` there is no program: a loop or a call
+    would be compiled anew each time.
     """
-    is_ours = self.execution.convolution is None
-    return jax.default_backend() == "cpu" and is_ours and not hk.running_init()
+    is_ours = self.execution.convolution is None and not hk.running_init()
+    is_compiled = isinstance(jnp.zeros(()), jax.core.Tracer)
+    return jax.default_backend() == "cpu" and is_ours and is_compiled
 
   def _maybe_remat(self, function: Any, *where: str) -> Any:
     """A part that is computed again for the gradient, where that is wanted."""
@@ -328,20 +329,26 @@ def _some_at_a_time(
   return in_parts
 
 
-def _as_unit(result: jax.Array) -> jax.Array:
-  """The same array; the call whose result it is is compiled as a unit."""
-  return set_xla_metadata(result, compilation_unit="block")
+def _compiled_once(
+  block: Callable[[hk.Params, jax.Array, Drawn], jax.Array],
+) -> Callable[[hk.Params, jax.Array, Drawn], jax.Array]:
+  """The same function, which XLA compiles once for all calls in a program.
 
+  What computes its gradient likewise, but some of it more than once where the
+  whole stage is computed again. XLA takes calls of equal functions for one unit
+  if they carry a mark, which JAX puts on what made a given array: forward that
+  is the call that made the result, backward the one that made the gradient of
+  x. (Where XLA ignores the mark, blocks are compiled one by one.)
+  """
+  marked = functools.partial(set_xla_metadata, compilation_unit="block")
+  with_marked_gradient = jax.custom_vjp(lambda x: x)
+  with_marked_gradient.defvjp(lambda x: (x, None), lambda _, dx: (marked(dx),))
+  compiled = jax.jit(block)
 
-@jax.custom_vjp
-def _with_gradient_as_unit(x: jax.Array) -> jax.Array:
-  """The same array; the call that computes its gradient is a unit."""
-  return x
+  def run(params, x, drawn):
+    return marked(compiled(params, with_marked_gradient(x), drawn))
 
-
-_with_gradient_as_unit.defvjp(
-  lambda x: (x, None), lambda _, dx: (_as_unit(dx),)
-)
+  return run
 
 
 def _rows(arrays: Any) -> list[Any]:
