@@ -174,10 +174,13 @@ def _sums_in_one_pass(w, gain):
   if size % slices or jax.default_backend() != "cpu":
     return _sums(w)
   w = w.reshape(slices, -1) + jnp.where(jnp.isnan(gain[0]), 1.0, 0.0)
-  add = lambda a, b: (a[0] + b[0], a[1] + b[1])
   zero = jnp.zeros((), w.dtype)
-  sums = jax.lax.reduce((w, w**2), (zero, zero), add, (0,))
+  sums = jax.lax.reduce((w, w**2), (zero, zero), _add_both, (0,))
   return [jnp.sum(part.reshape(size // slices, -1), 0) for part in sums]
+
+
+def _add_both(a, b):  # Of the module: JAX compiles anew for a new function.
+  return a[0] + b[0], a[1] + b[1]
 
 
 def _standardize_backward(residuals, grad):

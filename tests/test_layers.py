@@ -67,6 +67,17 @@ def test_kernels_of_evaluation_are_those_of_training(
   )
 
 
+def test_outside_of_a_program_each_shape_is_compiled_once(caplog):
+  def is_compiled(outputs):
+    caplog.clear()
+    with jax.log_compiles():
+      layers.standardize(_normal(3, 3, 16, outputs), jnp.ones(outputs))
+    return "Compiling" in caplog.text
+
+  assert is_compiled(5)
+  assert not is_compiled(5)
+
+
 def test_kernels_that_are_constants_are_not_summed_by_the_compiler():
   """Which takes it minutes; they are where parameters are closed over."""
   w = np.random.default_rng(0).standard_normal((3, 3, 16, 8), np.float32)
