@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
   config.train.accumulate = placeholder(int)
   config.train.precision = "bfloat16"  # Of activations; or float32.
   # What is computed again for the gradient, to fit memory: none of the network,
-  # or all but the inputs of "blocks" or "stages".
+  # or all but the inputs of "blocks" or (no gain on a CPU) "stages".
   config.train.remat = "none"
   # Whether equal blocks are one loop, and their parameters fewer arrays: steps
   # of deep networks compile faster and run slower. On a CPU F7's compiles in a

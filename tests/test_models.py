@@ -564,23 +564,45 @@ def test_equal_blocks_are_calls_of_one_function_on_a_cpu(
   assert len({*gradient}) == 2 * min(num_calls, 1)  # There and back.
 
 
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="small arrays, as on a CPU"
+)
+def test_blocks_that_are_computed_again_take_less_memory():
+  def temporary_bytes(remat):
+    row = SMALL | {"depth": (1, 8)}
+    model = models.make("nfnet_tiny", 10, **row, remat=remat)
+
+    def loss(params, images):
+      key = jax.random.key(0)
+      outputs, _ = model.apply(params, {}, key, images, is_training=True)
+      return jnp.sum(outputs["logits"])
+
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+    lowered = jax.jit(jax.grad(loss)).lower(model.shapes()[0], images)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary_bytes("blocks") < 0.8 * temporary_bytes("none")
+
+
 @pytest.mark.parametrize(
-  "name, is_training, is_once",
+  "name, is_training, remat, is_once",
   [
-    ("nfnet_f0", False, True),
-    ("nfnet_f1", True, False),
-    ("nfnet_f2", True, True),
+    ("nfnet_f0", False, "none", True),
+    ("nfnet_f0", True, "blocks", True),
+    ("nfnet_f0", True, "stages", False),
+    ("nfnet_f1", True, "none", False),
+    ("nfnet_f2", True, "none", True),
   ],
 )
 def test_only_within_a_program_blocks_are_compiled_once(
-  name, is_training, is_once
+  name, is_training, remat, is_once
 ):
   """Elsewhere each call would be compiled anew."""
   plan = models.make(name).plan
   found = []
 
   def ask(x):
-    net = network.Network(plan, 10, Execution())
+    net = network.Network(plan, 10, Execution(remat=remat))
     found.append(net._is_better_compiled_once(is_training))
     return x
 

@@ -28,8 +28,9 @@ REMATS = ("none", "blocks", "stages")
 _NUMBERS_AT_ONCE = 1_800_000
 
 # On a CPU equal blocks are compiled once in an evaluation. In training that may
-# cost a few hundredths of the time, which pays where compilation is long: from
-# so many blocks on (F2 has 36).
+# cost a few hundredths of the time, which pays where compilation is long, from
+# so many blocks on (F2 has 36), and where blocks are computed again, as it is
+# what saves memory then.
 _BLOCKS_OF_DEEP = 32
 
 
@@ -240,7 +241,8 @@ class Network(hk.Module):
 
   def _is_better_compiled_once(self, is_training: bool) -> bool:
     is_deep = len(self.plan.blocks) >= _BLOCKS_OF_DEEP
-    return (is_deep or not is_training) and self._is_for_cpu()
+    is_better = is_deep or not is_training or self.execution.remat == "blocks"
+    return is_better and self._is_for_cpu()
 
   def _call(
     self, x: jax.Array, run: list[int], drawn: list[Drawn]
