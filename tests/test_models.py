@@ -565,7 +565,7 @@ def test_equal_blocks_are_calls_of_one_function_on_a_cpu(
 
 
 @pytest.mark.skipif(
-  jax.default_backend() != "cpu", reason="small arrays, as on a CPU"
+  jax.default_backend() != "cpu", reason="they are units on a CPU alone"
 )
 def test_blocks_that_are_computed_again_take_less_memory():
   def temporary_bytes(remat):
