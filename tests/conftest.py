@@ -53,6 +53,9 @@ SMALL = {
   "stem_width": (4, 8),
 }
 
+# The same without its second stage.
+ONE_BLOCK_ROW = {column: values[:1] for column, values in SMALL.items()}
+
 
 # Files that take minutes, the longest first.
 _LONG = ("stories", "notebooks", "fine_tuning", "steps", "models", "tfds")

@@ -11,7 +11,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, SMALL, draw_params, load_json, param_shapes
+from conftest import (
+  ONE_BLOCK_ROW,
+  REFERENCE,
+  SMALL,
+  draw_params,
+  load_json,
+  param_shapes,
+)
 from hypothesis import strategies
 from jax.sharding import PartitionSpec as P
 
@@ -860,8 +867,7 @@ def test_weights_that_are_not_folded_are_refused_where_they_must_be():
 
 
 def test_a_network_goes_to_other_processes():
-  row = {k: v[:1] for k, v in SMALL.items()}
-  model = models.make("nfnet_tiny", 3, **row, remat="blocks")
+  model = models.make("nfnet_tiny", 3, **ONE_BLOCK_ROW, remat="blocks")
   copy = pickle.loads(pickle.dumps(model))
   assert copy[:5] == model[:5]
   params = draw_params(param_shapes(model))
@@ -931,7 +937,7 @@ def test_a_resnet_has_its_published_multiply_accumulates():
 
 
 def test_nothing_leaks_from_a_trace():
-  model = models.make("nfnet_tiny", 3, **{k: v[:1] for k, v in SMALL.items()})
+  model = models.make("nfnet_tiny", 3, **ONE_BLOCK_ROW)
   params = draw_params(param_shapes(model))
   images = np.ones((1, 32, 32, 3), np.float32)
   loss = lambda p: jnp.sum(model.apply(p, {}, None, images)[0]["logits"])

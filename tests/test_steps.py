@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import PATIENCE, SMALL, draw_params, load_json, param_shapes
+from conftest import (
+  ONE_BLOCK_ROW,
+  PATIENCE,
+  SMALL,
+  draw_params,
+  load_json,
+  param_shapes,
+)
 
 from nfnets import (
   agc,
@@ -27,7 +34,6 @@ from nfnets.data.source import Examples, Split
 from nfnets.errors import InputError
 
 SMALL_MODEL = models.make("nfnet_tiny", 10, **SMALL)
-ONE_BLOCK_ROW = {k: v[:1] for k, v in SMALL.items()}
 ONE_BLOCK = models.make("nfnet_tiny", 10, **ONE_BLOCK_ROW)
 DEEP = SMALL | {"depth": (1, 3)}
 SAM = {"sam_rho": 0.5, "sam_share": 0.25}
