@@ -50,19 +50,25 @@ def _evaluating(done: int, total: int) -> str:
 
 
 class _Output:
-  """Standard output; that a terminal or `tee` went away ends no run."""
+  """Standard output; that a terminal or `tee` went away ends no run.
+
+  What it is at the start: while a bar is shown rich has its own in its place.
+  """
+
+  def __init__(self) -> None:
+    self._file = sys.stdout
 
   def write(self, text: str) -> int:
     with contextlib.suppress(OSError):
-      sys.stdout.write(text)
+      self._file.write(text)
     return len(text)
 
   def flush(self) -> None:
     with contextlib.suppress(OSError):
-      sys.stdout.flush()
+      self._file.flush()
 
   def __getattr__(self, name: str) -> Any:
-    return getattr(sys.stdout, name)
+    return getattr(self._file, name)
 
 
 class TrainProgress:

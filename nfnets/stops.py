@@ -39,11 +39,14 @@ def on_signal() -> Iterator[Stop]:
     stop.reason = signal.Signals(number).name
     _leave_what_is_gone()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(
-      "stopping after this step (the first is compiled before it); Ctrl-C "
-      "again stops at once",
-      flush=True,
-    )
+    # Without effect where it comes in the middle of another line (Python
+    # refuses that), or where the output's disk is full.
+    with contextlib.suppress(RuntimeError, OSError):
+      print(
+        "stopping after this step (the first is compiled before it); Ctrl-C "
+        "again stops at once",
+        flush=True,
+      )
 
   is_main = threading.current_thread() is threading.main_thread()
   numbers = [signal.SIGINT, signal.SIGTERM]

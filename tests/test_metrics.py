@@ -249,12 +249,14 @@ def test_speed_and_time_left_are_those_since_the_clock_started(
   assert second.endswith("left 0:01:00")
 
 
-def test_a_reader_that_went_away_ends_no_run(monkeypatch):
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_reader_that_went_away_ends_no_run(monkeypatch, is_terminal):
   class Gone(io.StringIO):
     def write(self, text):
       raise BrokenPipeError
 
   monkeypatch.setattr("sys.stdout", Gone())
+  monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))
   with progress.TrainProgress(start=0, total=10, batch_size=4) as bar:
     bar.say("to nobody")
 

@@ -10,12 +10,14 @@ import json
 import os
 import pathlib
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -398,6 +400,35 @@ with stops.on_signal() as stop:
 sys.exit(stop.reason)"""
   result = _run_unread([sys.executable, "-c", code], environment)
   assert (result.returncode, result.stderr) == (1, "SIGINT\n")
+
+
+def test_a_stop_is_heard_while_something_is_written(monkeypatch):
+  """As by a slow terminal, or a pipe whose reader takes its time."""
+  reading, writing = os.pipe()
+  main_thread = threading.main_thread().ident
+
+  def stop_then_read(stop):
+    while not _is_full(writing):
+      time.sleep(0.001)
+    signal.pthread_kill(main_thread, signal.SIGTERM)
+    while stop.reason is None:
+      time.sleep(0.001)
+    with os.fdopen(reading) as reader:
+      return reader.read()
+
+  said = "x" * 2**20
+  with ThreadPoolExecutor(1) as pool, os.fdopen(writing, "w") as output:
+    monkeypatch.setattr(sys, "stdout", output)
+    with stops.on_signal() as stop:
+      received = pool.submit(stop_then_read, stop)
+      output.write(said)
+      output.close()
+    assert stop.reason == "SIGTERM"
+    assert received.result().startswith(said)
+
+
+def _is_full(pipe):
+  return not select.select([], [pipe], [], 0)[1]
 
 
 def test_a_second_ctrl_c_stops_at_once():
