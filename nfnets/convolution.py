@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nfnets import rowwise, winograd
+from nfnets import rowwise, space_to_depth, winograd
 from nfnets.errors import InputError, unknown
 
 # Of `products`: from so many pixels of all images and channels of the input on
@@ -44,6 +44,7 @@ def conv2d(
   stride: int = 1,
   groups: int = 1,
   padding: str = "same",
+  square: int = 1,
   form: str | None = None,
 ) -> jax.Array:
   """2-D convolution.
@@ -54,6 +55,9 @@ def conv2d(
       gradient of a float32 kernel is not rounded by `products`; other forms
       round it to the dtype of x.
     padding: "same" as TensorFlow pads, or "symmetric" as PyTorch does.
+    square: Rows and columns that are one pixel in x, of as many channels more,
+      and `square / stride` in the result (`space_to_depth`). Where it is not 1
+      there are no groups, and form does not count.
     form: Of FORMS; None: the one that is fast on JAX's default backend.
 
   Returns:
@@ -62,6 +66,13 @@ def conv2d(
   Raises:
     InputError: for an unknown form, and channels that groups do not divide.
   """
+  if square > 1:
+    num, height, width, _ = x.shape
+    pixels = (num, height * square, width * square, w.shape[2])
+    pads = _pads(pixels, w.shape, stride, padding)
+    return space_to_depth.convolve(
+      x, w, square=square, stride=stride, pads=pads
+    )
   if form is None:
     form = _OF_BACKENDS.get(jax.default_backend(), "xla")
   if form not in FORMS:
@@ -96,19 +107,15 @@ def cudnn(x, w, *, stride, groups, padding):
   moves over them at stride one. (So a pixel that is not finite makes NaN of
   neighbours that it does not belong to.)
   """
-  num, height, width, channels = x.shape
+  channels = x.shape[-1]
   pads = _pads(x.shape, w.shape, stride, padding)
   is_halved = pads == [(0, 1), (0, 1)] and w.shape[:2] == (3, 3) and stride == 2
   if channels > _FEW_CHANNELS or groups > 1 or not is_halved:
     return xla(x, w, stride=stride, groups=groups, padding=padding)
   more = -4 * channels % 8
-  x = x.reshape(num, height // 2, 2, width // 2, 2, channels)
-  x = x.transpose(0, 1, 3, 2, 4, 5)
-  x = x.reshape(*x.shape[:3], 4 * channels)
+  x = space_to_depth.squares(x, 2)
   x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
-  w = jnp.pad(w, ((0, 1), (0, 1), (0, 0), (0, 0)))
-  w = w.reshape(2, 2, 2, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
-  w = w.reshape(2, 2, 4 * channels, -1)
+  w, _ = space_to_depth.kernel(w, square=2, stride=2, pads=pads)
   w = jnp.pad(w, ((0, 0), (0, 0), (0, more), (0, 0)))
   return xla(x, w, stride=1, groups=1, padding="same")
 

@@ -273,8 +273,13 @@ class WSConv2D(hk.Module):
     self.is_folded = is_folded
     self.form = form
 
-  def __call__(self, x: jax.Array, after: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, after: jax.Array | None = None, square: int = 1
+  ) -> jax.Array:
     """[N, H, W, C_in] -> [N, H', W', C_out].
+
+    With `square`, of so many rows and columns as one pixel, which the stride
+    makes fewer (`convolution.conv2d`).
 
     `after`, a rank-4 array, is what a CPU waits for before it standardises the
     kernel in an evaluation, or combines a folded one; None: for x. Where x is
@@ -283,12 +288,13 @@ class WSConv2D(hk.Module):
     steps one by one.
     """
     size, channels = self.kernel_size, self.output_channels
-    if x.shape[-1] % self.groups or channels % self.groups:
+    in_channels = x.shape[-1] // square**2
+    if in_channels % self.groups or channels % self.groups:
       raise InputError(
-        f"{self.name}: a convolution of {x.shape[-1]} to {channels} channels "
+        f"{self.name}: a convolution of {in_channels} to {channels} channels "
         f"in {self.groups} groups: groups must divide both numbers of channels"
       )
-    shape = (size, size, x.shape[-1] // self.groups, channels)
+    shape = (size, size, in_channels // self.groups, channels)
     # Standardisation makes the network insensitive to the scale.
     init = Draw("normal", math.prod(shape[:-1]) ** -0.5)
     w = hk.get_parameter("w", shape, jnp.float32, init)
@@ -307,8 +313,11 @@ class WSConv2D(hk.Module):
       stride=self.stride,
       groups=self.groups,
       padding=self.padding,
+      square=square,
       form=self.form,
     )
+    if square > self.stride:  # The result is squares too.
+      bias = jnp.tile(bias, (square // self.stride) ** 2)
     return (out + _along_channels(bias)).astype(x.dtype)
 
 

@@ -29,6 +29,7 @@ FLOORS = (
     "randaugment",
     "rowwise",
     "sam",
+    "space_to_depth",
     "winograd",
   ),
   ("augment", "data", "models", "optim"),
@@ -63,7 +64,7 @@ FLOORS = (
 NEIGHBOURS = {
   "augment": {"data"},
   "checkpoint": {"steps"},
-  "convolution": {"rowwise", "winograd"},
+  "convolution": {"rowwise", "space_to_depth", "winograd"},
   "layers": {"convolution", "initial"},
   "model_card": {"card"},
   "onnx_graph": {"card"},

@@ -656,11 +656,47 @@ def test_any_number_of_images_is_one_part():
   assert "while" not in exported.mlir_module()
 
 
-def test_as_it_is_computed_on_gpus_it_is_the_same(monkeypatch):
-  """What is written otherwise for them, run here."""
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_as_it_is_computed_elsewhere_it_is_the_same(backend, monkeypatch):
+  """What is written otherwise for GPUs and TPUs, run here."""
   expected = _loss_and_gradient(convolution="xla")
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
   _assert_all_close(_loss_and_gradient.__wrapped__(), expected)
+
+
+@pytest.mark.parametrize(
+  "name, height, backend, form, kernels",
+  [
+    (
+      *("nfnet_f0", 32, "tpu", None),
+      [(2, 2, 48, 64), (3, 3, 64, 128), (3, 3, 128, 256), (2, 2, 256, 128)],
+    ),
+    ("nfnet_f0", 34, "tpu", None, [(3, 3, 3, 16)]),  # 34 / 4 is not whole.
+    ("nfnet_f0", 32, "tpu", "xla", [(3, 3, 3, 16)]),
+    ("nfnet_f0", 32, "gpu", None, [(2, 2, 16, 16), (3, 3, 16, 32)]),
+    (
+      *("nfnet_l0", 32, "tpu", None),  # Padded as by PyTorch.
+      [(2, 2, 48, 64), (3, 3, 64, 128), (3, 3, 128, 256), (2, 2, 256, 128)],
+    ),
+    ("nf_regnet_b0", 30, "tpu", None, [(2, 2, 12, 36)]),
+    ("nf_resnet50", 30, "tpu", None, [(4, 4, 12, 64)]),
+  ],
+)
+def test_the_stem_takes_squares_of_pixels_on_a_tpu(
+  name, height, backend, form, kernels, monkeypatch
+):
+  depth = len(models.VARIANTS[name].depth) * (1,)
+  model = models.make(name, 10, depth=depth, convolution=form)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  stem = lambda *arguments: model.features(*arguments)["stem"]
+  params, _ = model.shapes()
+  images = jax.ShapeDtypeStruct((2, height, 16, 3), jnp.bfloat16)
+  found = [
+    equation.invars[1].aval.shape
+    for equation in jax.make_jaxpr(stem)(params, {}, images).eqns
+    if equation.primitive.name == "conv_general_dilated"
+  ]
+  assert found[: len(kernels)] == kernels
 
 
 @pytest.mark.parametrize(

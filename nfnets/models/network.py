@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from nfnets import layers
+from nfnets import layers, space_to_depth
 from nfnets.initial import Draw
 from nfnets.models import plan as plans
 from nfnets.models.plan import Attention, Block, Conv, Plan
@@ -201,11 +201,22 @@ class Network(hk.Module):
     return outputs
 
   def _run_stem(self, x: jax.Array) -> jax.Array:
+    if (square := self._square_of_stem(x)) > 1:
+      x = space_to_depth.squares(x, square)
     for i, conv in enumerate(self.stem):
-      x = conv(self.activation(x) if i else x, after=x)
+      x = conv(self.activation(x) if i else x, after=x, square=square)
+      square = max(1, square // conv.stride)
     if self.plan.has_stem_pool:
       x = layers.max_pool(x, self.plan.padding)
     return x
+
+  def _square_of_stem(self, x: jax.Array) -> int:
+    """Rows and columns that are one pixel there: on a TPU what become one."""
+    square = math.prod(conv.stride for conv in self.stem)
+    is_tpu = jax.default_backend() == "tpu" and not hk.running_init()
+    is_chosen = self.execution.convolution is not None
+    is_whole = not (x.shape[1] % square or x.shape[2] % square)
+    return square if is_tpu and is_whole and not is_chosen else 1
 
   def _draw(self, num: int, is_training: bool) -> list[Drawn]:
     """For each block."""
